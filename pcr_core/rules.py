@@ -1,0 +1,275 @@
+"""PCR and the rules it is compared with: statistics in, two weights per block out (math.md section 5).
+
+Every rule is a frozen dataclass that can be called, so it hashes, compares, prints and travels as a static argument of
+`jax.jit` (under torch.compile, make it outside the compiled function). All of them are linear in the two gradients and
+share one code path.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, get_args, runtime_checkable
+
+from pcr_core._namespace import ArrayT
+from pcr_core.posterior import FlatPrior, Posterior, Prior, ShrinkagePrior, TemporalPrior
+from pcr_core.projection import (
+    AlphaKind,
+    Conflict,
+    Gate,
+    Update,
+    Weights,
+    check_statistics,
+    ratio,
+    report,
+    soft_projection,
+)
+from pcr_core.statistics import BlockStatistics
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """Anything that turns statistics, shapes (blocks,), into weights of the two totals."""
+
+    def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]: ...
+
+
+@dataclass(frozen=True)
+class PCR:
+    """Probabilistic conflict resolution: an uncertainty-weighted soft projection per block.
+
+    Args:
+        alpha: "variance" is the paper's V_p/(V_p + V_s); "snr" uses signal-to-noise ratios and so is free of the
+            streams' scales; or a number in [0, 1].
+        max_boost: the largest addition to the KL pull of a block (kappa). Infinite in the paper, where an arbitrarily
+            small stability gradient can veto an arbitrarily large plasticity gradient.
+        prior: FlatPrior(), ShrinkagePrior() or TemporalPrior(discount).
+        update: "anchored" adds the stability gradient to the projected one (equals GRPO without conflict); "literal" is
+            the paper's equation 15 as written, which drops the KL pull.
+        gate: "sign" or "probability".
+        conflict: "raw" or "debiased" (subtracts the noise both streams share; not with TemporalPrior).
+
+    Raises:
+        ValueError: an option outside its range, or a combination that has no meaning.
+
+    Example:
+        >>> PCR(alpha=1.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: alpha: expected 'variance', 'snr' or a number in [0, 1], got 1.5
+    """
+
+    alpha: AlphaKind | float = "variance"
+    max_boost: float = 10.0
+    prior: Prior = FlatPrior()
+    update: Update = "anchored"
+    gate: Gate = "sign"
+    conflict: Conflict = "raw"
+
+    def __post_init__(self) -> None:
+        _check_alpha(self.alpha, named=get_args(AlphaKind))
+        if not self.max_boost >= 0:
+            raise ValueError(f"max_boost: expected a number >= 0 (math.inf for none), got {self.max_boost}")
+        if not isinstance(self.prior, get_args(Prior)):
+            raise TypeError(f"prior: expected FlatPrior(), ShrinkagePrior() or TemporalPrior(), got {self.prior!r}")
+        for name, options in (("update", Update), ("gate", Gate), ("conflict", Conflict)):
+            if getattr(self, name) not in get_args(options):
+                raise ValueError(f"{name}: expected one of {get_args(options)}, got {getattr(self, name)!r}")
+        if self.conflict == "debiased" and isinstance(self.prior, TemporalPrior):
+            raise ValueError(
+                "conflict='debiased' has no meaning with TemporalPrior: this step's shared noise is only part of the "
+                "noise in the filtered means. Use FlatPrior() or ShrinkagePrior()"
+            )
+
+    @classmethod
+    def paper(cls, *, update: Update = "anchored") -> PCR:
+        """The paper's setting: no cap, flat prior, sign gate, alpha from variances; `update` as named."""
+        return cls(max_boost=math.inf, update=update)
+
+    def posteriors(
+        self, stats: BlockStatistics[ArrayT], previous: tuple[ArrayT, ArrayT] | None = None
+    ) -> tuple[Posterior[ArrayT], Posterior[ArrayT]]:
+        """Posterior of both streams; `previous` holds their last variances, for TemporalPrior only."""
+        if isinstance(self.prior, TemporalPrior):
+            if previous is None:
+                raise ValueError(
+                    "TemporalPrior keeps state: use pcr_core.resolve(..., state=...) or an adapter, or give the last "
+                    "variances (infinite at the first step) as `previous`"
+                )
+            return (
+                self.prior.posterior(stats.plasticity_var, previous_variance=previous[0]),
+                self.prior.posterior(stats.stability_var, previous_variance=previous[1]),
+            )
+        return (
+            self.prior.posterior(stats.plasticity_sq, stats.plasticity_var),
+            self.prior.posterior(stats.stability_sq, stats.stability_var),
+        )
+
+    def project(self, means: BlockStatistics[ArrayT]) -> Weights[ArrayT]:
+        """Weights of the two posterior means, whose statistics these are (variances: the posteriors')."""
+        return soft_projection(
+            means,
+            alpha=self.alpha,
+            max_boost=self.max_boost,
+            gate=self.gate,
+            update=self.update,
+            conflict=self.conflict,
+        )
+
+    def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
+        """Weights of the two totals. A prior around zero only scales them, so the totals' statistics suffice."""
+        check_statistics(stats)
+        if isinstance(self.prior, FlatPrior):
+            return self.project(stats)
+        p, s = self.posteriors(stats)
+        gp: Any = p.gain
+        gs: Any = s.gain
+        means = replace(
+            stats,
+            plasticity_sq=gp * gp * stats.plasticity_sq,
+            stability_sq=gs * gs * stats.stability_sq,
+            dot=gp * gs * stats.dot,
+            plasticity_var=p.variance,
+            stability_var=s.variance,
+            covariance=gp * gs * stats.covariance,
+        )
+        raw = GRPO()(stats)
+        w = self.project(means)
+        return replace(
+            w,
+            plasticity=gp * w.plasticity,
+            stability=gs * w.stability,
+            plasticity_nsr=raw.plasticity_nsr,
+            stability_nsr=raw.stability_nsr,
+        )
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """The plain sum P + S: what GRPO does."""
+
+    def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
+        return _constant(stats, plasticity=1.0, stability=1.0)
+
+
+@dataclass(frozen=True)
+class NoAnchor:
+    """P alone in the blocks: no KL pull there."""
+
+    def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
+        return _constant(stats, plasticity=1.0, stability=0.0)
+
+
+@dataclass(frozen=True)
+class HardProjection:
+    """One-sided PCGrad: P loses its whole component along S in conflict, and S is added."""
+
+    def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
+        return soft_projection(stats, alpha=1.0)
+
+
+@dataclass(frozen=True)
+class FixedAlpha:
+    """Soft projection with a constant alpha in [0, 1], without a cap."""
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_alpha(self.alpha)
+
+    def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
+        return soft_projection(stats, alpha=self.alpha)
+
+
+@dataclass(frozen=True)
+class PCGrad:
+    """Both gradients projected on the other's normal plane in conflict (Yu et al. 2020, two tasks)."""
+
+    def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
+        xp = check_statistics(stats)
+        c: Any = stats.dot
+        against = xp.where(c < 0, -c, xp.zeros_like(c))
+        one_sided = soft_projection(stats, alpha=1.0)
+        a: Any = one_sided.plasticity
+        return replace(one_sided, plasticity=a + ratio(xp, against, stats.plasticity_sq))
+
+
+@dataclass(frozen=True)
+class MGDA:
+    """The shortest vector between P and S (Desideri 2012); 1/2 each where P = S."""
+
+    def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
+        xp = check_statistics(stats)
+        s2: Any = stats.stability_sq
+        gap = stats.plasticity_sq + s2 - 2 * stats.dot  # type: ignore[operator]
+        t = xp.clip(ratio(xp, s2 - stats.dot, gap, empty=0.5), 0.0, 1.0)
+        return report(xp, stats, plasticity=t, stability=1 - t, alpha=xp.zeros_like(t))
+
+
+def _constant(stats: BlockStatistics[ArrayT], *, plasticity: float, stability: float) -> Weights[ArrayT]:
+    xp = check_statistics(stats)
+    zero = xp.zeros_like(stats.plasticity_sq)
+    return report(
+        xp, stats, plasticity=zero + plasticity, stability=zero + stability, alpha=zero, needs_statistics=False
+    )
+
+
+def _check_alpha(alpha: Any, named: tuple[str, ...] = ()) -> None:
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if alpha in named or (number and 0 <= alpha <= 1):
+        return
+    options = ", ".join(repr(name) for name in named)
+    raise ValueError(f"alpha: expected {options + ' or ' if options else ''}a number in [0, 1], got {alpha!r}")
+
+
+RULES = ("pcr", "paper", "grpo", "no_anchor", "hard", "fixed", "pcgrad", "mgda")
+PRIORS = ("flat", "shrinkage", "temporal")
+
+
+def make_rule(name: str, *, prior: str = "flat", discount: float = 0.9, **options: Any) -> Rule:
+    """A rule from plain names and numbers, as configuration files and command lines hold them.
+
+    Args:
+        name: one of `RULES`.
+        prior: one of `PRIORS`, for "pcr".
+        discount: of the temporal prior.
+        options: the rule's own arguments (`PCR` for "pcr", `update` for "paper", `alpha` for "fixed").
+
+    Raises:
+        ValueError: an unknown name, or an option that the rule does not have.
+
+    Example:
+        >>> make_rule("pcr", alpha="snr", prior="shrinkage").prior
+        ShrinkagePrior()
+        >>> make_rule("grpo", alpha=0.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: rule 'grpo' has no option 'alpha'
+    """
+    if prior not in PRIORS:
+        raise ValueError(f"prior: expected one of {PRIORS}, got {prior!r}")
+    if name == "pcr":
+        options["prior"] = {"flat": FlatPrior(), "shrinkage": ShrinkagePrior(), "temporal": TemporalPrior(discount)}[
+            prior
+        ]
+    elif prior != "flat":
+        raise ValueError(f"rule {name!r} has no prior; only 'pcr' has")
+    makers: dict[str, Any] = {
+        "pcr": PCR,
+        "paper": PCR.paper,
+        "grpo": GRPO,
+        "no_anchor": NoAnchor,
+        "hard": HardProjection,
+        "fixed": FixedAlpha,
+        "pcgrad": PCGrad,
+        "mgda": MGDA,
+    }
+    if name not in makers:
+        raise ValueError(f"rule: expected one of {RULES}, got {name!r}")
+    maker = makers[name]
+    known = ("update",) if name == "paper" else tuple(f.name for f in fields(maker))
+    for option in options:
+        if option not in known:
+            raise ValueError(f"rule {name!r} has no option {option!r}")
+    rule: Rule = maker(**options)
+    return rule
