@@ -1,0 +1,332 @@
+"""PCR bound to a torch model: accumulate micro-batches, resolve, step any optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import pcr_core
+from pcr_core import BlockStatistics, Objective, Rule, Scatter, TemporalPrior
+from pcr_core.statistics import Strata
+from pcr_torch.blocks import Granularity, Selector, select_blocks
+from pcr_torch.probe import Recorder
+from pcr_torch.pullback import Pulled, backward_others, inner, per_response, total_dtype
+from pcr_torch.report import Report
+
+Norms = Literal["auto", "fast", "loop"]
+_STREAMS = ("plasticity", "stability")
+
+
+class PCR:
+    """Resolves the plasticity and the stability gradient of a model into `.grad`.
+
+    Args:
+        model: a torch module on one process. Layers that hold block parameters get their `forward` wrapped until
+            `remove()`; outside `accumulate` they behave as before.
+        blocks: "mlp", "all", a regular expression on parameter names, or a callable, see `select_blocks`.
+        granularity: a block per "tensor", "module", "layer" or "global".
+        rule: any `pcr_core.Rule`; `pcr_core.PCR()` by default.
+        strata: "group": scatter within groups; "batch": within each micro-batch, allows groups of one response.
+        norms: how per-response norms are had. "fast" measures them in the backward pass of linear layers; "loop" runs
+            one backward pass per response and stream; "auto" is "fast" where every block parameter sits in a plain
+            linear layer, else "loop".
+
+    Raises:
+        ValueError: blocks match nothing, norms="fast" with parameters outside plain linear layers, or a model wrapped
+            for distributed training.
+
+    Example:
+        A policy with two tokens' worth of freedom; two prompts, two responses each.
+
+        >>> import torch, pcr_core
+        >>> from pcr_torch import PCR
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+        >>> method = PCR(model, blocks="weight", rule=pcr_core.PCR(alpha="snr"))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        >>> prompts, actions = torch.randn(4, 3, 4), torch.randint(5, (4, 3, 1))
+        >>> logp = model(prompts).log_softmax(-1).gather(-1, actions).squeeze(-1)      # (responses, tokens)
+        >>> group_ids = torch.tensor([0, 0, 1, 1])
+        >>> advantages = pcr_core.group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), group_ids)
+        >>> reference = logp.detach() - 0.1
+        >>> mask = torch.ones(4, 3, dtype=torch.bool)
+        >>> objective = pcr_core.grpo_objective(logp, logp.detach(), reference, advantages, mask, beta=0.04)
+        >>> method.accumulate(logp, objective, group_ids=group_ids)
+        >>> report = method.resolve()
+        >>> optimizer.step()
+        >>> [block.name for block in report.blocks], report.finite
+        (['0.weight', '2.weight'], True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        blocks: Selector = "mlp",
+        granularity: Granularity = "tensor",
+        rule: Rule = pcr_core.PCR(),
+        strata: Strata = "group",
+        norms: Norms = "auto",
+    ) -> None:
+        if not callable(rule):
+            raise TypeError(f"rule: expected a pcr_core rule such as pcr_core.PCR(), got {rule!r}")
+        for name, value, options in (("strata", strata, Strata), ("norms", norms, Norms)):
+            if value not in get_args(options):
+                raise ValueError(f"{name}: expected one of {get_args(options)}, got {value!r}")
+        _refuse_distributed(model)
+        self.model = model
+        self.rule = rule
+        self.strata = strata
+        self.blocks = select_blocks(model, blocks, granularity)
+        named = dict(model.named_parameters())
+        self._parameters = {name: named[name] for block in self.blocks for name in block.parameters}
+        self._others = [p for name, p in named.items() if p.requires_grad and name not in self._parameters]
+        recorder = Recorder(model, self._parameters)
+        if norms == "fast" and recorder.uncovered:
+            raise ValueError(
+                f"norms='fast' measures plain linear layers only, and {recorder.uncovered[0]} is in none "
+                f"({len(recorder.uncovered)} such parameters); use norms='loop' or other blocks"
+            )
+        self._recorder = None if norms == "loop" or recorder.uncovered else recorder
+        if self._recorder is not None:
+            self._recorder.install()
+        self.norms: Literal["fast", "loop"] = "loop" if self._recorder is None else "fast"
+        index = {name: b for b, block in enumerate(self.blocks) for name in block.parameters}
+        self._block_of = torch.tensor([index[name] for name in self._parameters])
+        self._totals: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._scatter: Scatter[Tensor] | None = None
+        self._prior: dict[str, Any] | None = None
+
+    def accumulate(self, logp: Tensor, objective: Objective[Tensor], *, group_ids: Tensor) -> None:
+        """Both streams of one micro-batch: two backward passes over logp's graph, which is freed.
+
+        Gradients of parameters outside the blocks are added to their `.grad`; the blocks' streams are kept apart until
+        `resolve`.
+
+        Args:
+            logp: (n, T) token log-probabilities with their graph.
+            objective: `pcr_core.grpo_objective` of these; its normalisation must be that of the whole batch.
+            group_ids: (n,) integers, the prompt of each response.
+
+        Raises:
+            ValueError: shapes that do not match, or a group of one response with strata="group".
+            TypeError: arguments that are not tensors of the right kind.
+        """
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective: expected a pcr_core.Objective, got {type(objective).__name__}")
+        self.accumulate_cotangents(
+            logp, objective.plasticity_cotangent, objective.stability_cotangent, group_ids=group_ids
+        )
+
+    def accumulate_cotangents(self, logp: Tensor, plasticity: Tensor, stability: Tensor, *, group_ids: Tensor) -> None:
+        """`accumulate` for a loss of your own: both (n, T) derivatives with respect to logp."""
+        self._pull((0, 1), logp, (plasticity, stability), group_ids)
+
+    def accumulate_plasticity(self, logp: Tensor, cotangent: Tensor, *, group_ids: Tensor) -> None:
+        """The plasticity stream alone, from its own forward pass; `cotangent` (n, T) is d loss/d logp."""
+        self._pull((0,), logp, (cotangent,), group_ids)
+
+    def accumulate_stability(self, logp: Tensor, cotangent: Tensor, *, group_ids: Tensor) -> None:
+        """The stability stream alone, such as a loss on replayed or pretraining data, beta included.
+
+        Sequences take the place of responses, and what they were sampled from (a data set, a prompt) that of groups.
+        Streams of different forward passes are taken to have independent noise: their covariance is 0.
+        """
+        self._pull((1,), logp, (cotangent,), group_ids)
+
+    def resolve(self) -> Report:
+        """Decide each block's weights, add a P + b S to `.grad` of its parameters, and start afresh.
+
+        Like a backward pass it adds to a `.grad` that is there, so gradients of further losses are kept: zero them once
+        a step, as always. A block whose gradients are not finite gets a non-finite update and is named in the report.
+
+        Raises:
+            RuntimeError: nothing was accumulated.
+        """
+        if self._scatter is None:
+            raise RuntimeError("resolve() before accumulate(): there are no gradients to resolve")
+        statistics = self._statistics(self._totals, self._scatter)
+        if isinstance(self.rule, pcr_core.PCR) and isinstance(self.rule.prior, TemporalPrior):
+            weights = self._filter(self.rule, statistics)
+        else:
+            weights = self.rule(statistics)
+        a, b = weights.plasticity.tolist(), weights.stability.tolist()
+        plasticity, stability = self._totals
+        for k, (name, parameter) in enumerate(self._parameters.items()):
+            block = int(self._block_of[k])
+            _write(parameter, plasticity.pop(name, None), stability.pop(name, None), a[block], b[block])
+        self._totals, self._scatter = ({}, {}), None
+        return Report(self.blocks, weights, statistics)
+
+    def discard(self) -> None:
+        """Forget what was accumulated since the last `resolve`."""
+        self._totals, self._scatter = ({}, {}), None
+
+    def remove(self) -> None:
+        """Give the model's layers their own forward back. The object cannot be used afterwards."""
+        if self._recorder is not None:
+            self._recorder.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold: the temporal prior's means and variances (empty for other priors)."""
+        if self._totals[0] or self._totals[1]:
+            raise RuntimeError("state_dict() between accumulate() and resolve(): resolve or discard first")
+        return {"prior": self._prior, "blocks": [block.name for block in self.blocks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`; ValueError if it belongs to other blocks."""
+        names = [block.name for block in self.blocks]
+        if list(state["blocks"]) != names:
+            raise ValueError(
+                f"state: it belongs to {len(state['blocks'])} other blocks (first {state['blocks'][:1]}), "
+                f"this model has {len(names)} (first {names[:1]}); build PCR with the same blocks and granularity"
+            )
+        self._prior = state["prior"]
+
+    def _pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> None:
+        ids = _check_batch(logp, cotangents, group_ids, self.strata)
+        strata = [torch.nonzero(ids == q).flatten() for q in range(int(ids.max()) + 1)]
+        cotangents = tuple(c.detach() for c in cotangents)
+        if self._recorder is not None:
+            pulled = self._recorder.pull(logp, cotangents, strata)
+        else:
+            pulled = per_response(logp, cotangents, self._parameters, strata)
+            backward_others(logp, cotangents, self._others)
+        for stream, totals in zip(streams, pulled.totals, strict=True):
+            mine = self._totals[stream]
+            for name, total in totals.items():
+                mine[name] = mine[name].add_(total) if name in mine else total
+        scatter = self._micro_scatter(streams, pulled, ids.cpu())
+        self._scatter = scatter if self._scatter is None else pcr_core.merge(self._scatter, scatter)
+
+    def _micro_scatter(self, streams: tuple[int, ...], pulled: Pulled, ids: Tensor) -> Scatter[Tensor]:
+        """Scatter per block of one micro-batch."""
+        response = self._per_block(pulled.response.cpu())
+        stratum = self._per_block(pulled.stratum.cpu())
+        nothing = torch.zeros(len(self.blocks), dtype=response.dtype)
+        variances = [nothing, nothing]
+        for pair, stream in enumerate(streams):
+            variances[stream] = pcr_core.stratified_variance(response[pair], stratum[pair], ids)
+        shared = len(streams) == 2
+        covariance = pcr_core.stratified_covariance(response[2], stratum[2], ids) if shared else nothing
+        return Scatter(variances[0], variances[1], covariance)
+
+    def _per_block(self, per_parameter: Tensor) -> Tensor:
+        """(..., parameters) -> (..., blocks), summed."""
+        out = torch.zeros(*per_parameter.shape[:-1], len(self.blocks), dtype=per_parameter.dtype)
+        return out.index_add_(-1, self._block_of, per_parameter)
+
+    def _statistics(
+        self, totals: tuple[dict[str, Tensor], dict[str, Tensor]], scatter: Scatter[Tensor]
+    ) -> BlockStatistics[Tensor]:
+        p, s = totals
+        rows = []
+        for name, parameter in self._parameters.items():
+            zero = torch.zeros((), dtype=torch.float64, device=parameter.device)
+            rows.append(
+                torch.stack(
+                    [
+                        inner(p[name], p[name]) if name in p else zero,
+                        inner(s[name], s[name]) if name in s else zero,
+                        inner(p[name], s[name]) if name in p and name in s else zero,
+                        zero + parameter.numel(),
+                    ]
+                )
+            )
+        sums = self._per_block(torch.stack(rows).to("cpu", torch.float64).T.contiguous())
+        return BlockStatistics(
+            plasticity_sq=sums[0],
+            stability_sq=sums[1],
+            dot=sums[2],
+            plasticity_var=scatter.plasticity_var.double(),
+            stability_var=scatter.stability_var.double(),
+            covariance=scatter.covariance.double(),
+            size=sums[3],
+        )
+
+    def _filter(self, rule: pcr_core.PCR, statistics: BlockStatistics[Tensor]) -> pcr_core.Weights[Tensor]:
+        """Replace the totals by the temporal prior's posterior means, and give the weights of those."""
+        unknown = torch.full((len(self.blocks),), math.inf, dtype=torch.float64)
+        previous = self._prior or {stream: {"mean": {}, "variance": unknown} for stream in _STREAMS}
+        posteriors = rule.posteriors(
+            statistics, (previous["plasticity"]["variance"], previous["stability"]["variance"])
+        )
+        state: dict[str, Any] = {}
+        for stream, totals, posterior in zip(_STREAMS, self._totals, posteriors, strict=True):
+            gains = posterior.gain.tolist()
+            means: dict[str, Tensor] = {}
+            for k, (name, parameter) in enumerate(self._parameters.items()):
+                gain = gains[int(self._block_of[k])]
+                mean = previous[stream]["mean"].get(name)
+                if mean is None:
+                    mean = torch.zeros_like(parameter, dtype=total_dtype(parameter))
+                mean = mean.to(parameter.device) * (1 - gain)
+                means[name] = mean.add_(totals[name], alpha=gain) if name in totals else mean
+                totals[name] = means[name].clone()
+            state[stream] = {"mean": means, "variance": posterior.variance}
+        self._prior = state
+        scatter = Scatter(posteriors[0].variance, posteriors[1].variance, statistics.covariance)
+        return rule.project(self._statistics(self._totals, scatter))
+
+
+def _write(parameter: nn.Parameter, p: Tensor | None, s: Tensor | None, a: float, b: float) -> None:
+    """parameter.grad += a p + b s, reusing p's memory."""
+    if p is None and s is None:
+        return
+    update = torch.zeros_like(parameter, dtype=total_dtype(parameter)) if p is None else p.mul_(a)
+    if s is not None:
+        update.add_(s, alpha=b)
+    elif not math.isfinite(b):
+        update.add_(b)
+    update = update.to(parameter.dtype)
+    parameter.grad = update if parameter.grad is None else parameter.grad + update
+
+
+def _check_batch(logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor, strata: Strata) -> Tensor:
+    """Stratum of each response, 0 to q - 1, on logp's device."""
+    if not isinstance(logp, Tensor) or logp.ndim != 2:
+        raise ValueError(f"logp: expected a tensor (responses, tokens), got {getattr(logp, 'shape', type(logp))}")
+    if not logp.requires_grad:
+        raise ValueError(
+            "logp: it has no graph; compute it with gradients enabled, from a model with trainable weights"
+        )
+    for cotangent in cotangents:
+        if not isinstance(cotangent, Tensor):
+            raise TypeError(f"cotangent: expected a torch tensor, got {type(cotangent).__name__}")
+        if cotangent.shape != logp.shape:
+            raise ValueError(f"cotangent: expected logp's shape {tuple(logp.shape)}, got {tuple(cotangent.shape)}")
+        if cotangent.device != logp.device or cotangent.dtype != logp.dtype:
+            raise ValueError(
+                f"cotangent: expected {logp.dtype} on {logp.device} as logp, got {cotangent.dtype}, {cotangent.device}"
+            )
+    ids = torch.as_tensor(group_ids)
+    if ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise TypeError(f"group_ids: expected integers, got {ids.dtype}")
+    if ids.shape != (logp.shape[0],):
+        raise ValueError(f"group_ids: expected one id a response, shape ({logp.shape[0]},), got {tuple(ids.shape)}")
+    if strata == "batch":
+        ids = torch.zeros_like(ids)
+    _, index, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    if bool((counts < 2).any()):
+        what = "micro-batch" if strata == "batch" else f"group {ids[index == int(counts.argmin())][0].item()}"
+        raise ValueError(
+            f"group_ids: {what} has one response, which carries no information on the variance. Give every prompt two "
+            "or more responses in a micro-batch (a larger one, or whole groups in each), or ask for strata='batch'"
+        )
+    positions: Tensor = index
+    return positions.to(logp.device)
+
+
+def _refuse_distributed(model: nn.Module) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ValueError(
+            f"model: {type(model).__name__} synchronises each backward pass by itself, which mixes the two streams; "
+            "several processes are not supported yet"
+        )
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ValueError("model: its parameters are sharded (FSDP2 or tensor parallel), which is not supported yet")

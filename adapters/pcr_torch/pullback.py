@@ -1,0 +1,115 @@
+"""From cotangents on logp to gradients and their per-response inner products: the reference implementation.
+
+`per_response` runs one backward pass per response and stream. It is the definition that the fast path (`probe.py`) is
+tested against, and what remains when a block is not an ordinary linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+PAIRS = {1: ((0, 0),), 2: ((0, 0), (1, 1), (0, 1))}
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What one micro-batch contributes, for one stream or for two that share their responses.
+
+    Attributes:
+        totals: per stream, the gradient of each block parameter, by name; absent where the parameter was not used.
+        response: (pairs, n, parameters) float64, inner products of each response's contributions to each parameter; the
+            pairs of streams are (0, 0), or (0, 0), (1, 1), (0, 1).
+        stratum: (pairs, q, parameters) the same for each stratum's summed contribution.
+    """
+
+    totals: tuple[dict[str, Tensor], ...]
+    response: Tensor
+    stratum: Tensor
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """a.b accumulated in float64 (products exact for float32 input), a chunk at a time; shape ()."""
+    x, y = a.detach().reshape(-1), b.detach().reshape(-1)
+    dtype = wide_dtype(x.device)
+    total = torch.zeros((), dtype=dtype, device=x.device)
+    for start in range(0, x.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        total += torch.dot(x[part].to(dtype), y[part].to(dtype))
+    return total
+
+
+def total_dtype(parameter: nn.Parameter) -> torch.dtype:
+    """Totals of half-precision parameters are summed in float32."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def per_response(
+    logp: Tensor,
+    cotangents: Sequence[Tensor],
+    parameters: dict[str, nn.Parameter],
+    strata: Sequence[Tensor],
+) -> Pulled:
+    """One backward pass per response and stream; keeps the graph.
+
+    Args:
+        logp: (n, T) with a graph.
+        cotangents: one or two of shape (n, T).
+        parameters: the block parameters by name.
+        strata: row indices of each stratum; together they are all rows.
+    """
+    names, leaves = list(parameters), list(parameters.values())
+    pairs = PAIRS[len(cotangents)]
+    dtype = wide_dtype(logp.device)
+    response = torch.zeros(len(pairs), logp.shape[0], len(names), dtype=dtype, device=logp.device)
+    stratum = torch.zeros(len(pairs), len(strata), len(names), dtype=dtype, device=logp.device)
+    totals: tuple[dict[str, Tensor], ...] = tuple({} for _ in cotangents)
+    for q, rows in enumerate(strata):
+        sums: list[dict[int, Tensor]] = [{} for _ in cotangents]
+        for i in rows.tolist():
+            contributions = []
+            for cotangent in cotangents:
+                only = torch.zeros_like(cotangent)
+                only[i] = cotangent[i]
+                contributions.append(
+                    torch.autograd.grad(logp, leaves, grad_outputs=only, retain_graph=True, allow_unused=True)
+                )
+            for k, leaf in enumerate(leaves):
+                parts = [c[k] for c in contributions]
+                for pair, (a, b) in enumerate(pairs):
+                    one, other = parts[a], parts[b]
+                    if one is not None and other is not None:
+                        response[pair, i, k] = inner(one, other)
+                for stream, part in enumerate(parts):
+                    if part is not None:
+                        wide = part.to(total_dtype(leaf))
+                        sums[stream][k] = sums[stream][k] + wide if k in sums[stream] else wide.clone()
+        for k, name in enumerate(names):
+            for pair, (a, b) in enumerate(pairs):
+                if k in sums[a] and k in sums[b]:
+                    stratum[pair, q, k] = inner(sums[a][k], sums[b][k])
+            for stream, total in enumerate(totals):
+                if k in sums[stream]:
+                    total[name] = total[name] + sums[stream][k] if name in total else sums[stream][k]
+    return Pulled(totals, response, stratum)
+
+
+def backward_others(logp: Tensor, cotangents: Sequence[Tensor], others: Sequence[nn.Parameter]) -> None:
+    """Add the summed stream's gradient of the parameters outside the blocks to their .grad; frees the graph."""
+    summed = sum(cotangents[1:], start=cotangents[0])
+    if not others:
+        return
+    for parameter, gradient in zip(
+        others, torch.autograd.grad(logp, list(others), grad_outputs=summed, allow_unused=True), strict=True
+    ):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -1,0 +1,76 @@
+"""What `PCR.resolve` did, for people and for logs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcr_core import BlockStatistics, Weights
+from pcr_torch.blocks import Block
+
+
+@dataclass(frozen=True)
+class Report:
+    """Weights and statistics of each block; all arrays float64 on the CPU, shape (blocks,).
+
+    Attributes:
+        blocks: in the order of the arrays.
+        weights: what the rule decided, `pcr_core.Weights`.
+        statistics: what it decided on, of the totals, `pcr_core.BlockStatistics`.
+    """
+
+    blocks: tuple[Block, ...]
+    weights: Weights[Tensor]
+    statistics: BlockStatistics[Tensor]
+
+    @property
+    def finite(self) -> bool:
+        """Whether every block's statistics were finite. Where not, its update is not finite either."""
+        return bool(self.weights.finite.all())
+
+    def nonfinite_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks with non-finite gradients."""
+        return tuple(b.name for b, ok in zip(self.blocks, self.weights.finite.tolist(), strict=True) if not ok)
+
+    def metrics(self, prefix: str = "pcr/") -> dict[str, float]:
+        """Summary over all blocks, as logged.
+
+        conflict_rate, cosine, alpha, boost (b - 1, the addition to the KL coefficient in units of beta) are means over
+        blocks; removed is |removed part of P|/|P| over all coordinates, norms and noise-to-signal ratios likewise.
+        """
+        return _summary(self.weights, self.statistics, torch.arange(len(self.blocks)), prefix)
+
+    def layer_metrics(self, prefix: str = "pcr/") -> dict[str, float]:
+        """The same per layer, with keys such as `pcr/layer_03/cosine`; blocks outside layers are left out."""
+        layers = sorted({block.layer for block in self.blocks if block.layer is not None})
+        out: dict[str, float] = {}
+        for layer in layers:
+            rows = torch.tensor([i for i, block in enumerate(self.blocks) if block.layer == layer])
+            out |= _summary(self.weights, self.statistics, rows, f"{prefix}layer_{layer:02d}/")
+        return out
+
+
+def _summary(w: Weights[Tensor], stats: BlockStatistics[Tensor], rows: Tensor, prefix: str) -> dict[str, float]:
+    p2, s2 = stats.plasticity_sq[rows].sum().item(), stats.stability_sq[rows].sum().item()
+    vp, vs = stats.plasticity_var[rows].sum().item(), stats.stability_var[rows].sum().item()
+    removed2 = (w.removed[rows] ** 2 * stats.plasticity_sq[rows]).sum().item()
+    values = {
+        "conflict_rate": w.conflict[rows].double().mean().item(),
+        "cosine": w.cosine[rows].mean().item(),
+        "alpha": w.alpha[rows].mean().item(),
+        "boost": w.stability[rows].mean().item() - 1,
+        "removed": math.sqrt(_over(removed2, p2)),
+        "plasticity_norm": math.sqrt(p2),
+        "stability_norm": math.sqrt(s2),
+        "plasticity_nsr": _over(vp, p2),
+        "stability_nsr": _over(vs, s2),
+        "nonfinite_blocks": float((~w.finite[rows]).sum().item()),
+    }
+    return {prefix + key: value for key, value in values.items()}
+
+
+def _over(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator != 0 else (0.0 if numerator == 0 else math.inf)

@@ -1,0 +1,301 @@
+"""PCR as a drop-in for TRL's GRPO: `PCRTrainer` and `PCRConfig` in place of `GRPOTrainer` and `GRPOConfig`.
+
+The losses stay TRL's own. Its `_compute_loss` is run on one forward pass's log-probabilities with beta = 0 (the
+plasticity loss) and with zero advantages (the stability loss), which gives both cotangents for every loss type that is
+a sum of the two; then two backward passes take the place of one, and `.grad` is written when gradients synchronise.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+import pcr_core
+from pcr_core.projection import Conflict, Gate, Update
+from pcr_core.statistics import Strata
+from pcr_torch.blocks import Granularity
+from pcr_torch.method import PCR, Norms
+from pcr_torch.report import Report
+
+try:
+    import trl.trainer.utils as trl_utils
+    from trl import GRPOConfig, GRPOTrainer
+except ImportError as error:
+    raise ImportError("pcr_torch.trl needs TRL 1.16: pip install 'pcr-grpo[trl]'") from error
+
+_GROUP_IDS = "pcr_group_ids"
+_STATE_FILE = "pcr_state.pt"
+SEPARABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+
+
+@dataclass
+class PCRConfig(GRPOConfig):  # type: ignore[misc]
+    """All options of `trl.GRPOConfig`, and those of PCR. `beta` must be above 0.
+
+    Example:
+        >>> config = PCRConfig(output_dir="out", beta=0.04, rule="pcr", alpha="snr", report_to="none", bf16=False)
+        >>> config.make_rule()
+        PCR(alpha='snr', max_boost=10.0, prior=FlatPrior(), update='anchored', gate='sign', conflict='raw')
+    """
+
+    rule: str = field(default="pcr", metadata={"help": f"Conflict rule, one of {', '.join(pcr_core.RULES)}."})
+    alpha: str = field(
+        default="variance", metadata={"help": "'variance' (paper), 'snr', or a number in [0, 1]; for pcr and fixed."}
+    )
+    max_boost: float = field(default=10.0, metadata={"help": "Largest addition to a block's KL weight, over beta."})
+    prior: str = field(default="flat", metadata={"help": f"Prior of both gradients: {', '.join(pcr_core.PRIORS)}."})
+    discount: float = field(default=0.9, metadata={"help": "Forgetting of the temporal prior, in (0, 1]."})
+    update: str = field(default="anchored", metadata={"help": "'anchored' (adds the KL gradient) or 'literal'."})
+    gate: str = field(default="sign", metadata={"help": "'sign' or 'probability' of the conflict."})
+    conflict: str = field(default="raw", metadata={"help": "'raw' or 'debiased' (without the streams' shared noise)."})
+    blocks: str = field(default="mlp", metadata={"help": "'mlp', 'all', or a regular expression on parameter names."})
+    granularity: str = field(default="tensor", metadata={"help": "One block per tensor, module, layer or global."})
+    strata: str = field(default="group", metadata={"help": "'group', or 'batch' to allow groups cut to one response."})
+    norms: str = field(default="auto", metadata={"help": "'auto', 'fast' or 'loop', see pcr_torch.PCR."})
+    log_layers: bool = field(default=False, metadata={"help": "Log the pcr/ metrics of every layer as well."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.make_rule()
+        if not self.beta > 0:
+            raise ValueError(
+                "beta: PCR arbitrates between reward and KL, and TRL's default of 0 leaves no KL gradient; set beta > 0, "
+                f"such as 0.04 (got {self.beta})"
+            )
+        for name, options in (("granularity", Granularity), ("strata", Strata), ("norms", Norms)):
+            if getattr(self, name) not in get_args(options):
+                raise ValueError(f"{name}: expected one of {get_args(options)}, got {getattr(self, name)!r}")
+
+    def make_rule(self) -> pcr_core.Rule:
+        """The rule these options describe; ValueError for an option that the rule does not have."""
+        defaults = {f.name: f.default for f in fields(PCRConfig)}
+        options: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("alpha", "max_boost", "update", "gate", "conflict")
+            if getattr(self, name) != defaults[name]
+        }
+        for name, choices in (("update", Update), ("gate", Gate), ("conflict", Conflict)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}: expected one of {get_args(choices)}, got {getattr(self, name)!r}")
+        if "alpha" in options:
+            options["alpha"] = _number_or_name(options["alpha"])
+        return pcr_core.make_rule(self.rule, prior=self.prior, discount=self.discount, **options)
+
+
+class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
+    """`trl.GRPOTrainer` whose update resolves the conflict of reward and KL. Same arguments; `args` is a `PCRConfig`.
+
+    Every optimizer step logs `pcr/conflict_rate`, `pcr/cosine`, `pcr/alpha`, `pcr/boost`, `pcr/removed`, both gradient
+    norms and both noise-to-signal ratios; `last_report` holds the full `pcr_torch.Report`. Checkpoints carry the
+    temporal prior's state.
+
+    Raises:
+        TypeError: `args` is not a PCRConfig.
+        ValueError: a setting under which the two gradients cannot be told apart, with the reason.
+    """
+
+    _tag_names = ("trl", "grpo", "pcr")
+    beta: float
+    _metrics: Any
+    _buffered_inputs: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = kwargs.get("args", args[2] if len(args) > 2 else None)
+        if not isinstance(config, PCRConfig):
+            raise TypeError(f"args: expected a pcr_torch.trl.PCRConfig (with beta > 0), got {type(config).__name__}")
+        _refuse_config(config)
+        super().__init__(*args, **kwargs)
+        _refuse_trainer(self)
+        self.method = PCR(
+            self.model,
+            blocks=config.blocks,
+            granularity=cast(Granularity, config.granularity),
+            rule=config.make_rule(),
+            strata=cast(Strata, config.strata),
+            norms=cast(Norms, config.norms),
+        )
+        self.last_report: Report | None = None
+        self._shared: _SharedForward | None = None
+        self._streams: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    # -- groups stay whole ---------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        output = super()._generate_and_score_completions(inputs)
+        count = self.num_generations if self.model.training else self.num_generations_eval
+        n = output["completion_ids"].shape[0]
+        output[_GROUP_IDS] = torch.arange(n, device=output["completion_ids"].device) // count
+        return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's, but for the shuffle before the split into micro-batches: whole groups in place of responses."""
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        every = self.args.steps_per_generation * self.num_iterations
+        if self._step % every == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            batch = trl_utils.split_pixel_values_by_grid(batch)
+            batch = shuffle_groups(batch, batch[_GROUP_IDS])
+            batches = trl_utils.split_tensor_dict(batch, self.args.steps_per_generation)
+            self._buffered_inputs = [trl_utils.unsplit_pixel_values_by_grid(part) for part in batches]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    # -- two streams in place of one -----------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """TRL's loss; in training also keeps both cotangents for the backward passes."""
+        if not self.model.training:
+            return cast(Tensor, super().compute_loss(model, inputs, return_outputs, num_items_in_batch))
+        inputs = dict(inputs)
+        group_ids = inputs.pop(_GROUP_IDS)
+        self._shared = _SharedForward()
+        beta, metrics = self.beta, self._metrics
+        try:
+            loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._metrics = defaultdict(lambda: defaultdict(list))  # the next two passes are not to be logged
+            self.beta = 0.0
+            plasticity = self._shared.cotangent(super().compute_loss(model, inputs))
+            self.beta = beta
+            still = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
+            stability = self._shared.cotangent(super().compute_loss(model, still))
+            self._streams = (self._shared.logp, plasticity, stability, group_ids)
+        finally:
+            self.beta, self._metrics, self._shared = beta, metrics, None
+        return loss.detach()
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if self._shared is None:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._shared.result is None:
+            self._shared.set(*super()._get_per_token_logps_and_entropies(*args, **kwargs))
+        return self._shared.result
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        with _backward_replaced(self.accelerator, self._accumulate):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.last_report = self.method.resolve()
+            logged = self.last_report.metrics()
+            if self.args.log_layers:
+                logged |= self.last_report.layer_metrics()
+            for key, value in logged.items():
+                self._metrics["train"][key].append(value)
+        return loss
+
+    def _accumulate(self, loss: Tensor, **_: Any) -> None:
+        assert self._streams is not None
+        logp, plasticity, stability, group_ids = self._streams
+        self._streams = None
+        share = 1 / self.accelerator.gradient_accumulation_steps
+        self.method.accumulate_cotangents(logp, share * plasticity, share * stability, group_ids=group_ids)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            torch.save(self.method.state_dict(), os.path.join(folder, _STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, _STATE_FILE)
+        if not os.path.exists(path):
+            raise ValueError(f"checkpoint: {path} is missing; {checkpoint} was not written by PCRTrainer")
+        self.method.load_state_dict(torch.load(path, weights_only=True))
+
+
+class _SharedForward:
+    """One forward pass for several evaluations of the loss, cut off at the log-probabilities."""
+
+    def __init__(self) -> None:
+        self.result: tuple[Tensor, Any, Any] | None = None
+
+    def set(self, logp: Tensor, entropies: Tensor | None, aux_loss: Any) -> None:
+        self.logp = logp
+        self._leaf = logp.detach().requires_grad_()
+        self.result = (self._leaf, None if entropies is None else entropies.detach(), aux_loss)
+
+    def cotangent(self, loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, self._leaf)[0]
+
+
+def shuffle_groups(batch: dict[str, Any], group_ids: Tensor) -> dict[str, Any]:
+    """All sequences of a generation batch in a random order of groups, each group's responses together."""
+    ids = torch.unique(group_ids)
+    order = ids[torch.randperm(len(ids)).to(ids.device)]
+    rows = torch.cat([torch.nonzero(group_ids == q).flatten() for q in order])
+
+    def permute(value: Any) -> Any:
+        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
+            return value
+        return value[rows.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in rows.tolist()]
+
+    return {key: permute(value) for key, value in batch.items()}
+
+
+@contextmanager
+def _backward_replaced(accelerator: Any, backward: Any) -> Iterator[None]:
+    """Trainer.training_step ends in accelerator.backward(loss), with no hook before it."""
+    accelerator.backward = backward
+    try:
+        yield
+    finally:
+        del accelerator.backward
+
+
+def _number_or_name(alpha: Any) -> float | str:
+    try:
+        return float(alpha)
+    except ValueError:
+        return str(alpha)
+
+
+def _refuse_config(config: PCRConfig) -> None:
+    """Settings that are known to be wrong before any model is loaded."""
+    if config.deepspeed is not None:
+        raise ValueError("deepspeed: its engine owns the backward pass and the gradients, so there is no place for two")
+    if config.fp16:
+        raise ValueError("fp16: the loss scaler would scale one loss of two; use bf16=True or float32")
+    if config.entropy_coef != 0 or config.use_adaptive_entropy:
+        raise ValueError("entropy_coef: the entropy bonus belongs to neither stream; set it to 0")
+    if config.torch_compile:
+        raise ValueError("torch_compile: compiled layers bypass the probes; not supported yet")
+    if config.loss_type not in SEPARABLE_LOSSES:
+        raise ValueError(f"loss_type: {config.loss_type!r} is not known to be a sum of a reward and a KL term")
+    if config.strata == "group":
+        batch, group = config.per_device_train_batch_size, config.num_generations
+        if math.gcd(batch, group) < 2:
+            raise ValueError(
+                f"per_device_train_batch_size: {batch} cuts groups of num_generations={group} into single responses, "
+                "and the variance is estimated within the groups of a micro-batch; use a multiple or an even divisor of "
+                "num_generations, or strata='batch'"
+            )
+
+
+def _refuse_trainer(trainer: Any) -> None:
+    """Settings that show only once the model and the accelerator are there."""
+    accelerator = trainer.accelerator
+    if accelerator.num_processes > 1:
+        raise ValueError(f"PCRTrainer runs in one process so far, and was launched in {accelerator.num_processes}")
+    if str(accelerator.distributed_type.value).upper() in ("DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"{accelerator.distributed_type.value}: its engine owns the backward pass, so there is no "
+                         "place for two")  # fmt: skip
+    if accelerator.scaler is not None:
+        raise ValueError("mixed precision with a loss scaler (fp16) would scale one loss of two; use bf16 or float32")
+    if trainer.aux_loss_enabled:
+        raise ValueError("router_aux_loss_coef: the router's loss belongs to neither stream; set it to 0")
+    if getattr(trainer.model, "is_quantized", False):
+        raise ValueError("model: quantised weights are not supported yet; load it in bf16 or float32")
