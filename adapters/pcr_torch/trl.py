@@ -67,8 +67,8 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
         self.make_rule()
         if not self.beta > 0:
             raise ValueError(
-                "beta: PCR arbitrates between reward and KL, and TRL's default of 0 leaves no KL gradient; set beta > 0, "
-                f"such as 0.04 (got {self.beta})"
+                "beta: PCR arbitrates between reward and KL, and TRL's default of 0 leaves no KL gradient; "
+                f"set beta > 0, such as 0.04 (got {self.beta})"
             )
         for name, options in (("granularity", Granularity), ("strata", Strata), ("norms", Norms)):
             if getattr(self, name) not in get_args(options):
@@ -280,8 +280,8 @@ def _refuse_config(config: PCRConfig) -> None:
         if math.gcd(batch, group) < 2:
             raise ValueError(
                 f"per_device_train_batch_size: {batch} cuts groups of num_generations={group} into single responses, "
-                "and the variance is estimated within the groups of a micro-batch; use a multiple or an even divisor of "
-                "num_generations, or strata='batch'"
+                "and the variance is estimated within the groups of a micro-batch; use a multiple of num_generations "
+                "(or a divisor >= 2), or strata='batch'"
             )
 
 

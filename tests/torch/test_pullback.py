@@ -1,0 +1,208 @@
+"""The fast pullback against the per-response loop, and both against dense contributions in float64."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields
+
+import pytest
+import torch
+from pcr_torch import PCR, Report
+from pcr_torch.probe import _response_dots
+from problems import ARCHITECTURES, Batch, batch, tiny_model
+from torch import Tensor, nn
+
+import pcr_core
+from pcr_core import BlockStatistics
+
+
+def pull(model: nn.Module, data: Batch, norms: str, **options: object) -> tuple[Report, dict[str, Tensor]]:
+    model.zero_grad()
+    method = PCR(model, norms=norms, **options)  # type: ignore[arg-type]
+    assert method.norms == norms
+    logp = data.logp(model)
+    method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
+    report = method.resolve()
+    method.remove()
+    return report, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_statistics_close(got: BlockStatistics[Tensor], expected: BlockStatistics[Tensor], tolerance: float) -> None:
+    """Relative to the sizes that the sums are made of, since inner products may cancel."""
+    mean = (expected.plasticity_sq * expected.stability_sq).sqrt()
+    noise = (expected.plasticity_var * expected.stability_var).sqrt()
+    for f in fields(expected):
+        scale = {"dot": mean, "covariance": noise}.get(f.name, getattr(expected, f.name))
+        error = (getattr(got, f.name) - getattr(expected, f.name)).abs()
+        assert bool((error <= tolerance * scale).all()), (f.name, error / scale)
+
+
+def assert_gradients_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (got[name] - gradient).double().norm()
+        assert error <= tolerance * gradient.double().norm(), (name, error / gradient.double().norm())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fast_equals_loop(architecture: str, lora: bool, checkpointing: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = tiny_model(architecture, lora=lora)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            if lora:
+                model.enable_input_require_grads()  # type: ignore[operator]
+            model.train()
+        data = batch()
+        fast, fast_grads = pull(model, data, "fast")
+        loop, loop_grads = pull(model, data, "loop")
+    assert_statistics_close(fast.statistics, loop.statistics, 1e-5)
+    assert_gradients_close(fast_grads, loop_grads, 1e-4)
+
+
+def test_reentrant_checkpointing_on_the_fast_path() -> None:
+    model = tiny_model("llama")
+    data = batch()
+    plain, plain_grads = pull(model, data, "fast")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # type: ignore[operator]
+        model.enable_input_require_grads()  # type: ignore[operator]
+        model.train()
+        again, again_grads = pull(model, data, "fast")
+    assert_statistics_close(again.statistics, plain.statistics, 1e-6)
+    assert_gradients_close(again_grads, plain_grads, 1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_bfloat16_weights(architecture: str) -> None:
+    model = tiny_model(architecture, dtype=torch.bfloat16)
+    fast, fast_grads = pull(model, batch(), "fast")
+    loop, loop_grads = pull(model, batch(), "loop")
+    assert all(g.dtype == torch.bfloat16 for g in fast_grads.values())
+    assert_statistics_close(fast.statistics, loop.statistics, 0.03)
+    assert_gradients_close(fast_grads, loop_grads, 0.03)
+
+
+def test_bfloat16_autocast_keeps_float32_gradients() -> None:
+    model, data = tiny_model("llama"), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast, fast_grads = pull(model, data, "fast")
+        loop, loop_grads = pull(model, data, "loop")
+    assert all(g.dtype == torch.float32 for g in fast_grads.values())
+    assert_statistics_close(fast.statistics, loop.statistics, 0.03)
+    assert_gradients_close(fast_grads, loop_grads, 0.03)
+
+
+@pytest.mark.parametrize("norms", ["fast", "loop"])
+def test_statistics_and_update_equal_the_dense_method(norms: str) -> None:
+    """Contributions of every response by plain autograd in float64, resolved by pcr_core on dense arrays."""
+    model, data = tiny_model("llama", dtype=torch.float64), batch()
+    rule = pcr_core.PCR(alpha="snr", gate="probability")
+    report, grads = pull(model, data, norms, rule=rule)
+
+    names = [name for block in report.blocks for name in block.parameters]
+    leaves = [model.get_parameter(name) for name in names]
+    logp = data.logp(model)
+    objective = data.objective(logp)
+    streams = []
+    for losses in (objective.plasticity_loss, objective.stability_loss):
+        rows = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses]
+        streams.append(torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows]))
+    dense = pcr_core.resolve(*streams, group_ids=data.group_ids, sizes=[leaf.numel() for leaf in leaves], rule=rule)
+    # log-probabilities are float32 in `Batch.logp`, so that is as close as they can be
+    assert_statistics_close(report.statistics, dense.statistics, 1e-5)
+    update = torch.cat([grads[name].reshape(-1) for name in names])
+    assert (update - dense.update).norm() <= 1e-5 * dense.update.norm()
+
+
+@pytest.mark.parametrize(("length", "features", "outputs"), [(3, 40, 50), (64, 8, 6)], ids=["gram", "explicit"])
+def test_both_ways_to_response_products(length: int, features: int, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dy, dz = (torch.randn(4, length, k, generator=generator) for k in (features, outputs, outputs))
+    g, h = (torch.einsum("nto,nti->noi", d.double(), x.double()) for d in (dy, dz))
+    for one, other, expected in ((dy, dy, (g * g).sum((1, 2))), (dy, dz, (g * h).sum((1, 2)))):
+        scale = (g * h).abs().sum((1, 2))
+        assert bool(((_response_dots(x, one, other) - expected).abs() <= 1e-5 * scale).all())
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e15])
+def test_gradients_far_from_one_keep_their_statistics(scale: float) -> None:
+    """Squares of float32 gradients would leave float32's range."""
+    model, data = tiny_model("llama"), batch()
+    method = PCR(model, norms="fast")
+    reports = []
+    for factor in (1.0, scale):
+        logp = data.logp(model)
+        objective = data.objective(logp)
+        method.accumulate_cotangents(
+            logp,
+            factor * objective.plasticity_cotangent,
+            factor * objective.stability_cotangent,
+            group_ids=data.group_ids,
+        )
+        reports.append(method.resolve())
+    one, far = reports[0].statistics, reports[1].statistics
+    for name in ("plasticity_sq", "stability_var", "covariance"):
+        torch.testing.assert_close(getattr(far, name), getattr(one, name) * scale**2, rtol=1e-4, atol=0.0)
+
+
+def test_a_layer_used_twice_is_refused_on_the_fast_path_and_right_in_the_loop() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(31, 8)
+            self.shared = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 31)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = self.shared(torch.tanh(self.shared(self.embed(tokens))))
+            out: Tensor = self.head(hidden)
+            return out
+
+    model, data = Twice(), batch()
+
+    def logp() -> Tensor:
+        logits = model(data.tokens)[:, data.prompt - 1 : -1].log_softmax(-1)
+        out: Tensor = logits.gather(-1, data.tokens[:, data.prompt :, None]).squeeze(-1)
+        return out
+
+    method = PCR(model, blocks="shared.weight", norms="fast")
+    lp = logp()
+    with pytest.raises(ValueError, match=r"shared is used twice.*norms='loop'"):
+        method.accumulate(lp, data.objective(lp), group_ids=data.group_ids)
+    method.remove()
+    model.zero_grad()
+    method = PCR(model, blocks="shared.weight", norms="loop", rule=pcr_core.GRPO())
+    lp = logp()
+    objective = data.objective(lp)
+    (expected,) = torch.autograd.grad(
+        (objective.plasticity_loss + objective.stability_loss).sum(), [model.shared.weight], retain_graph=True
+    )
+    method.accumulate(lp, objective, group_ids=data.group_ids)
+    method.resolve()
+    torch.testing.assert_close(model.shared.weight.grad, expected)
+
+
+def test_a_weight_read_outside_its_layer_is_refused() -> None:
+    """A fused head reads lm_head.weight without calling lm_head: the probe would see nothing."""
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(31, 8)
+            self.lm_head = nn.Linear(8, 31, bias=False)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.embed(tokens) @ self.lm_head.weight.T
+
+    model, data = Fused(), batch()
+    method = PCR(model, blocks="lm_head", norms="fast")
+    logp = model(data.tokens)[:, data.prompt - 1 : -1].log_softmax(-1)
+    logp = logp.gather(-1, data.tokens[:, data.prompt :, None]).squeeze(-1)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is used outside its layer"):
+        method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)

@@ -1,0 +1,302 @@
+"""PCRTrainer against stock GRPOTrainer, and what it adds and refuses."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl.trainer.grpo_trainer as stock
+from datasets import Dataset
+from pcr_torch.trl import PCRConfig, PCRTrainer, shuffle_groups
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+import pcr_core
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+GROUP = 4
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random character-level Llama on disk, where TRL finds its reference model."""
+    path = tmp_path_factory.mktemp("model")
+    vocabulary = {c: i for i, c in enumerate("_$abcdefghijklmnopqrstuvwxyz ")}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="_"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="_", eos_token="$", unk_token="_", padding_side="left"
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            eos_token_id=1,
+            pad_token_id=0,
+            bos_token_id=None,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    return [len(set(c)) / 5 + c.count("a") for c in completions]
+
+
+class Gradients(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def train(
+    cls: Any, config: Any, folder: Path, out: Path, resume: str | None = None, **options: Any
+) -> tuple[Any, Gradients]:
+    settings: dict[str, Any] = {
+        "output_dir": str(out),
+        "beta": 0.1,
+        "per_device_train_batch_size": 2 * GROUP,
+        "num_generations": GROUP,
+        "max_completion_length": 6,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 3,
+    }
+    prompts = Dataset.from_dict({"prompt": ["ab", "cde", "f g", "hij", "kl", "mno", "pq", "rs"]})
+    peft_config = options.pop("peft_config", None)
+    trainer = cls(
+        model=LlamaForCausalLM.from_pretrained(folder),
+        reward_funcs=reward,
+        args=config(**(settings | options)),
+        train_dataset=prompts,
+        processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
+        peft_config=peft_config,
+    )
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, gradients
+
+
+def relative_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert got.keys() == expected.keys()
+    error = sum(float((got[n] - expected[n]).double().square().sum()) for n in expected)
+    return math.sqrt(error / sum(float(g.double().square().sum()) for g in expected.values()))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_sum_rule_reproduces_stock_grpo(
+    loss_type: str, accumulation: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_groups(batch: dict[str, Any]) -> dict[str, Any]:
+        return shuffle_groups(batch, torch.arange(batch["completion_ids"].shape[0]) // GROUP)
+
+    monkeypatch.setattr(stock, "shuffle_sequence_dict", by_groups)  # same micro-batches, for bnpo's local normaliser
+    options = {"loss_type": loss_type, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+    theirs, expected = train(GRPOTrainer, GRPOConfig, folder, tmp_path, **options)
+    ours, got = train(PCRTrainer, PCRConfig, folder, tmp_path, rule="grpo", **options)
+    assert relative_error(got.steps[0], expected.steps[0]) <= 1e-6
+    same = ("loss", "reward", "entropy", "clip_ratio/region_mean", "completions/mean_length")
+    for key in same:
+        assert ours.state.log_history[0][key] == pytest.approx(theirs.state.log_history[0][key], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "luspo"])
+def test_other_losses_of_trl_separate_too(
+    loss_type: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
+    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    options = {"loss_type": loss_type, "max_steps": 1}
+    if loss_type == "cispo":
+        options["epsilon_high"] = 5.0
+    if loss_type == "luspo":
+        options["importance_sampling_level"] = "sequence"
+    _, expected = train(GRPOTrainer, GRPOConfig, folder, tmp_path, **options)
+    _, got = train(PCRTrainer, PCRConfig, folder, tmp_path, rule="grpo", **options)
+    assert relative_error(got.steps[0], expected.steps[0]) <= 1e-6
+
+
+def test_several_iterations_and_the_loop_agree_with_stock(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off-policy steps (num_iterations 2): ratios differ from 1 and old log-probabilities are carried along."""
+    monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
+    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    options = {"num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2}
+    _, expected = train(GRPOTrainer, GRPOConfig, folder, tmp_path, **options)
+    for norms in ("fast", "loop"):
+        _, got = train(PCRTrainer, PCRConfig, folder, tmp_path, rule="grpo", norms=norms, **options)
+        assert relative_error(got.steps[0], expected.steps[0]) <= 1e-6
+        assert relative_error(got.steps[1], expected.steps[1]) <= 1e-5  # Adam magnifies the first step's rounding
+
+
+def test_metrics_and_report(folder: Path, tmp_path: Path) -> None:
+    trainer, _ = train(PCRTrainer, PCRConfig, folder, tmp_path, alpha="snr", log_layers=True)
+    logged = trainer.state.log_history[1]
+    for name in (
+        "conflict_rate",
+        "cosine",
+        "alpha",
+        "removed",
+        "boost",
+        "plasticity_norm",
+        "stability_norm",
+        "plasticity_nsr",
+        "stability_nsr",
+    ):
+        assert math.isfinite(logged[f"pcr/{name}"])
+        assert math.isfinite(logged[f"pcr/layer_01/{name}"])
+    assert logged["kl"] > 0
+    assert logged["pcr/stability_norm"] > 0
+    report = trainer.last_report
+    assert len(report.blocks) == 6
+    assert logged["pcr/alpha"] == pytest.approx(float(report.weights.alpha.mean()))
+
+
+def test_first_step_from_the_reference_has_no_stability_gradient(folder: Path, tmp_path: Path) -> None:
+    trainer, _ = train(PCRTrainer, PCRConfig, folder, tmp_path, max_steps=1)
+    first = trainer.state.log_history[0]
+    assert first["pcr/stability_norm"] == pytest.approx(0.0, abs=1e-6)
+    assert first["pcr/nonfinite_blocks"] == 0
+
+
+def test_lora_through_the_trainer(folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    trainer, gradients = train(
+        PCRTrainer, PCRConfig, folder, tmp_path, peft_config=LoraConfig(r=2, target_modules=["up_proj", "q_proj"])
+    )
+    assert {block.family for block in trainer.last_report.blocks} == {"up_proj.lora_A", "up_proj.lora_B"}
+    assert any("q_proj" in name for name in gradients.steps[1])
+
+
+def test_evaluation_leaves_the_streams_alone(folder: Path, tmp_path: Path) -> None:
+    trainer, _ = train(PCRTrainer, PCRConfig, folder, tmp_path, max_steps=1, num_generations_eval=2)
+    before = trainer.last_report
+    metrics = trainer.evaluate(Dataset.from_dict({"prompt": ["ab", "cd"]}))
+    assert math.isfinite(metrics["eval_loss"])
+    assert trainer.last_report is before
+
+
+def test_resumed_training_equals_uninterrupted(folder: Path, tmp_path: Path) -> None:
+    """With a temporal prior, whose state is in the checkpoint as well; bit for bit."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "prior": "temporal", "temperature": 1.0}
+    _, whole = train(PCRTrainer, PCRConfig, folder, tmp_path / "whole", **options)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    assert (Path(checkpoint) / "pcr_state.pt").exists()
+    _, rest = train(PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=checkpoint, **options)
+    assert len(rest.steps) == 1
+    assert all(torch.equal(rest.steps[0][name], whole.steps[2][name]) for name in whole.steps[2])
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(folder: Path, tmp_path: Path) -> None:
+    train(GRPOTrainer, GRPOConfig, folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="was not written by PCRTrainer"):
+        train(PCRTrainer, PCRConfig, folder, tmp_path, resume=str(tmp_path / "checkpoint-1"), max_steps=2)
+
+
+def test_shuffle_keeps_groups_together_and_rows_aligned() -> None:
+    ids = torch.arange(12) // 3
+    batch = {
+        "x": torch.arange(12),
+        "names": [str(i) for i in range(12)],
+        "ids": ids,
+        "none": None,
+        "n": torch.tensor(4),
+    }
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(20):
+        out = shuffle_groups(batch, ids)
+        assert out["names"] == [str(i) for i in out["x"].tolist()]
+        assert torch.equal(out["ids"], out["x"] // 3)
+        assert [len(set(part)) for part in out["ids"].reshape(4, 3).tolist()] == [1] * 4
+        seen.add(tuple(out["ids"].tolist()))
+    assert len(seen) > 5
+
+
+def config(**options: Any) -> PCRConfig:
+    return PCRConfig(output_dir="unused", report_to="none", bf16=False, use_cpu=True, **({"beta": 0.1} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.0}, "beta: PCR arbitrates between reward and KL"),
+        ({"rule": "magic"}, "rule: expected one of"),
+        ({"alpha": "2"}, r"alpha: expected 'variance', 'snr' or a number in \[0, 1\], got 2.0"),
+        ({"rule": "grpo", "max_boost": 3.0}, "rule 'grpo' has no option 'max_boost'"),
+        ({"rule": "hard", "prior": "shrinkage"}, "rule 'hard' has no prior"),
+        ({"conflict": "debiased", "prior": "temporal"}, "no meaning with TemporalPrior"),
+        ({"granularity": "row"}, "granularity: expected one of"),
+        ({"gate": "soft"}, "gate: expected one of"),
+    ],
+)
+def test_bad_configurations_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"entropy_coef": 0.1}, "entropy_coef: the entropy bonus belongs to neither stream"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"per_device_train_batch_size": 2, "num_generations": 3, "generation_batch_size": 6}, "single responses"),
+    ],
+)
+def test_settings_that_cannot_be_separated_are_refused(
+    options: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(PCRTrainer, PCRConfig, folder, tmp_path, **options)
+
+
+def test_fp16_and_deepspeed_are_refused(folder: Path, tmp_path: Path) -> None:
+    for name, value, message in (("fp16", True, "loss scaler"), ("deepspeed", {"x": 1}, "engine owns the backward")):
+        bad = config()
+        setattr(bad, name, value)  # transformers itself needs a GPU, or DeepSpeed, to accept these
+        with pytest.raises(ValueError, match=message):
+            PCRTrainer(
+                model=str(folder), reward_funcs=reward, args=bad, train_dataset=Dataset.from_dict({"prompt": ["a"]})
+            )
+
+
+def test_stock_config_is_refused(folder: Path) -> None:
+    with pytest.raises(TypeError, match=r"expected a pcr_torch\.trl\.PCRConfig"):
+        PCRTrainer(
+            model=str(folder), reward_funcs=reward, args=GRPOConfig(output_dir="unused", use_cpu=True, bf16=False)
+        )
+
+
+def test_every_rule_has_a_configuration() -> None:
+    for name in pcr_core.RULES:
+        assert isinstance(config(rule=name).make_rule(), pcr_core.Rule)
+    assert config(rule="fixed", alpha="0.25").make_rule() == pcr_core.FixedAlpha(0.25)
+    assert config(rule="paper", update="literal").make_rule() == pcr_core.PCR.paper(update="literal")
