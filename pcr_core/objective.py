@@ -158,6 +158,8 @@ def grpo_objective(
     token = xp.astype(keep, dtype)
     norm, tokens = _normalization(xp, token, normalization, normalizer)
 
+    count = xp.sum(token)  # of response tokens; `tokens` counts one for a response without any
+    count = xp.where(count > 0, count, xp.ones_like(count))
     log_ratio = lp - old
     if importance == "sequence":
         log_ratio = xp.sum(log_ratio, axis=1, keepdims=True) / tokens
@@ -168,19 +170,20 @@ def grpo_objective(
     slope = xp.where(stopped, xp.zeros_like(ratio), -advantage * ratio)
     if importance == "token":
         plasticity_cotangent = slope * norm
-        clip_fraction = xp.sum(xp.astype(stopped, dtype) * token) / xp.sum(tokens)
+        clip_fraction = xp.sum(xp.astype(stopped, dtype) * token) / count
     else:
         plasticity_cotangent = slope / tokens * xp.sum(norm, axis=1, keepdims=True) * token
         clip_fraction = xp.sum(xp.astype(stopped, dtype)) / n
 
     gap = ref - lp
-    k3 = xp.exp(gap) - gap - 1
+    drift = xp.expm1(gap)  # exp(gap) - 1 would lose every digit near the reference, where training starts
+    k3 = drift - gap
     return Objective(
         plasticity_loss=-xp.sum(gain * norm, axis=1),
         stability_loss=beta * xp.sum(k3 * norm, axis=1),
         plasticity_cotangent=xp.astype(plasticity_cotangent, out_dtype),
-        stability_cotangent=xp.astype(beta * (1 - xp.exp(gap)) * norm, out_dtype),
-        kl=xp.sum(k3) / xp.sum(tokens),
+        stability_cotangent=xp.astype(-beta * drift * norm, out_dtype),
+        kl=xp.sum(k3) / count,
         clip_fraction=clip_fraction,
     )
 
