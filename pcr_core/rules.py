@@ -139,6 +139,7 @@ class PCR:
             w,
             plasticity=gp * w.plasticity,
             stability=gs * w.stability,
+            cosine=raw.cosine,
             plasticity_nsr=raw.plasticity_nsr,
             stability_nsr=raw.stability_nsr,
         )
