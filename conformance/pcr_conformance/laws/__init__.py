@@ -1,0 +1,55 @@
+"""One function per property of the method. Each takes an adapter and a case, and raises AssertionError with a reason.
+
+No law knows a framework: what it sees of an implementation is NumPy records from an `Adapter`. Numbers in the
+docstrings refer to the list of properties in the documentation of the mathematics.
+"""
+
+from pcr_conformance.laws.exact import statistics_are_exact, update_is_the_combination, weights_are_exact
+from pcr_conformance.laws.numerics import (
+    compiled_equals_eager,
+    dtype_and_device_come_back,
+    non_finite_is_never_hidden,
+    overflow_is_flagged,
+)
+from pcr_conformance.laws.objective import (
+    cotangents_equal_autodiff,
+    masked_entries_have_no_say,
+    objective_is_exact,
+)
+from pcr_conformance.laws.projection import (
+    alpha_is_a_fraction,
+    boost_is_capped,
+    conflict_keeps_its_fraction,
+    no_conflict_is_the_plain_sum,
+    projection_never_lengthens,
+)
+from pcr_conformance.laws.symmetry import (
+    order_does_not_matter,
+    rotation_goes_through,
+    scale_goes_through,
+    shards_add_up,
+    strata_add_up,
+)
+
+__all__ = [
+    "alpha_is_a_fraction",
+    "boost_is_capped",
+    "compiled_equals_eager",
+    "conflict_keeps_its_fraction",
+    "cotangents_equal_autodiff",
+    "dtype_and_device_come_back",
+    "masked_entries_have_no_say",
+    "no_conflict_is_the_plain_sum",
+    "non_finite_is_never_hidden",
+    "objective_is_exact",
+    "order_does_not_matter",
+    "overflow_is_flagged",
+    "projection_never_lengthens",
+    "rotation_goes_through",
+    "scale_goes_through",
+    "shards_add_up",
+    "statistics_are_exact",
+    "strata_add_up",
+    "update_is_the_combination",
+    "weights_are_exact",
+]

@@ -1,0 +1,198 @@
+"""Every law on every library that is installed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pcr_conformance import laws
+from pcr_conformance.adapter import Adapter, largest_exponent
+from pcr_conformance.libraries import NAMES, library, missing
+from pcr_conformance.strategies import REGIMES, SHAPES, cases, objective_cases
+
+import pcr_core as pcr
+
+CONFLICT = ("conflict", "antiparallel", "free", "one huge response", "nearly identical responses")
+NO_CONFLICT = ("no conflict", "orthogonal", "parallel", "zero plasticity", "zero stability", "both zero", "free")
+
+PROJECTIONS = (pcr.PCR(), pcr.PCR.paper(), pcr.PCR(alpha="snr"), pcr.PCR.paper(update="literal"))
+SHRINKING = pcr.PCR(prior=pcr.ShrinkagePrior(), conflict="debiased")
+PROBABLE = pcr.PCR(gate="probability")
+OTHERS = (pcr.GRPO(), pcr.NoAnchor(), pcr.HardProjection(), pcr.FixedAlpha(0.3), pcr.PCGrad(), pcr.MGDA())
+seeds = st.integers(0, 2**32 - 1)
+
+
+def _named(name: str) -> Adapter:
+    reason = missing(name)
+    if reason:
+        pytest.skip(reason)
+    return library(name)
+
+
+@pytest.fixture(params=NAMES)
+def adapter(request: pytest.FixtureRequest) -> Adapter:
+    return _named(request.param)
+
+
+@pytest.fixture(params=[name for name in NAMES if "jit" not in name and "compile" not in name])
+def eager(request: pytest.FixtureRequest) -> Adapter:
+    """For laws that vary shapes or rules: what compilation adds to them is law 10's business."""
+    return _named(request.param)
+
+
+@pytest.fixture(params=[name for name in NAMES if "jit" in name or "compile" in name])
+def compiled(request: pytest.FixtureRequest) -> Adapter:
+    return _named(request.param)
+
+
+def _draw(data: st.DataObject, adapter: Adapter, dtype: str, **options: object):  # type: ignore[no-untyped-def]
+    options.setdefault("shapes", SHAPES[:2] if adapter.compiled else SHAPES)
+    if dtype == "float16":  # one huge response is beyond its range
+        options["regimes"] = tuple(r for r in options.get("regimes", REGIMES) if "huge" not in r)  # type: ignore[attr-defined]
+    return data.draw(cases(largest_exponent=largest_exponent(adapter, dtype), **options))  # type: ignore[arg-type]
+
+
+def _rules(adapter: Adapter, rules: tuple[pcr.Rule, ...]) -> st.SearchStrategy[pcr.Rule]:
+    return st.sampled_from(rules[:2] if adapter.compiled else rules)
+
+
+@given(data=st.data())
+def test_statistics_are_exact(eager: Adapter, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(eager.dtypes))
+    laws.statistics_are_exact(eager, _draw(data, eager, dtype), dtype)
+
+
+@given(data=st.data())
+def test_weights_are_exact(adapter: Adapter, data: st.DataObject) -> None:
+    rule = data.draw(_rules(adapter, (pcr.PCR(), PROBABLE, SHRINKING, *PROJECTIONS[1:], *OTHERS)))
+    laws.weights_are_exact(adapter, _draw(data, adapter, "float32"), "float32", rule)
+
+
+@given(data=st.data())
+def test_update_is_the_combination(eager: Adapter, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(eager.dtypes))
+    rule = data.draw(st.sampled_from((*PROJECTIONS, SHRINKING, *OTHERS)))
+    if dtype in ("float32", "float16") and rule in (pcr.PCR.paper(), pcr.HardProjection(), pcr.FixedAlpha(0.3)):
+        rule = pcr.PCR()  # an unbounded b S may be beyond what the output dtype can hold
+    laws.update_is_the_combination(eager, _draw(data, eager, dtype), dtype, rule)
+
+
+@given(data=st.data())
+def test_no_conflict_is_the_plain_sum(adapter: Adapter, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(adapter.dtypes[:2]))
+    rule = data.draw(_rules(adapter, (*PROJECTIONS, PROBABLE, pcr.HardProjection(), pcr.PCGrad())))
+    laws.no_conflict_is_the_plain_sum(adapter, _draw(data, adapter, dtype, regimes=NO_CONFLICT), dtype, rule)
+
+
+@pytest.mark.parametrize("kind", ["variance", "snr"])
+@given(data=st.data())
+def test_alpha_is_a_fraction(eager: Adapter, kind: str, data: st.DataObject) -> None:
+    laws.alpha_is_a_fraction(eager, _draw(data, eager, "float32"), "float32", kind)
+
+
+@given(data=st.data(), kind=st.sampled_from(["variance", "snr", 0.25, 1.0]))
+def test_conflict_keeps_its_fraction(eager: Adapter, data: st.DataObject, kind: str) -> None:
+    laws.conflict_keeps_its_fraction(eager, _draw(data, eager, "float32", regimes=CONFLICT), "float32", kind)
+
+
+@given(data=st.data(), kind=st.sampled_from(["variance", "snr", 1.0]))
+def test_projection_never_lengthens(eager: Adapter, data: st.DataObject, kind: str) -> None:
+    laws.projection_never_lengthens(eager, _draw(data, eager, "float32"), "float32", kind)
+
+
+@given(data=st.data(), max_boost=st.sampled_from([0.0, 0.5, 10.0]))
+def test_boost_is_capped(eager: Adapter, data: st.DataObject, max_boost: float) -> None:
+    laws.boost_is_capped(eager, _draw(data, eager, "float32"), "float32", max_boost)
+
+
+@given(data=st.data(), seed=seeds)
+def test_rotation_goes_through(eager: Adapter, data: st.DataObject, seed: int) -> None:
+    rule = data.draw(st.sampled_from(PROJECTIONS))
+    dtype = eager.dtypes[0]
+    laws.rotation_goes_through(eager, _draw(data, eager, dtype), dtype, rule, seed)
+
+
+@given(data=st.data(), seed=seeds)
+def test_order_does_not_matter(eager: Adapter, data: st.DataObject, seed: int) -> None:
+    rule = data.draw(st.sampled_from(PROJECTIONS))
+    dtype = eager.dtypes[0]
+    laws.order_does_not_matter(eager, _draw(data, eager, dtype), dtype, rule, seed)
+
+
+@given(data=st.data(), power=st.sampled_from([-5, 1, 4]))
+def test_scale_goes_through(eager: Adapter, data: st.DataObject, power: int) -> None:
+    rule = data.draw(st.sampled_from((*PROJECTIONS, PROBABLE)))
+    dtype = eager.dtypes[0]
+    laws.scale_goes_through(eager, _draw(data, eager, dtype), dtype, rule, power)
+
+
+@given(data=st.data(), seed=seeds)
+def test_strata_add_up(eager: Adapter, data: st.DataObject, seed: int) -> None:
+    laws.strata_add_up(eager, _draw(data, eager, "float32"), "float32", seed)
+
+
+@given(data=st.data(), seed=seeds)
+def test_shards_add_up(eager: Adapter, data: st.DataObject, seed: int) -> None:
+    laws.shards_add_up(eager, _draw(data, eager, "float32"), "float32", seed)
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_compiled_equals_eager(compiled: Adapter, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(("float32", compiled.dtypes[0])))
+    rule = data.draw(st.sampled_from((pcr.PCR(), pcr.PCR.paper(), SHRINKING)))
+    laws.compiled_equals_eager(compiled, _draw(data, compiled, dtype), dtype, rule)
+
+
+@settings(max_examples=3)
+@given(data=st.data())
+def test_dtype_and_device_come_back(adapter: Adapter, data: st.DataObject) -> None:
+    case = data.draw(cases(shapes=SHAPES[:1], largest_exponent=1))
+    laws.dtype_and_device_come_back(adapter, case, pcr.PCR())
+
+
+@settings(max_examples=10)
+@given(data=st.data(), bad=st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_non_finite_is_never_hidden(adapter: Adapter, data: st.DataObject, bad: float) -> None:
+    dtype = "float32"
+    rule = data.draw(_rules(adapter, (pcr.PCR(), pcr.GRPO(), PROBABLE, SHRINKING, *PROJECTIONS[1:], *OTHERS[1:])))
+    shapes = (SHAPES[1],) if adapter.compiled else (SHAPES[1], SHAPES[3])
+    case = data.draw(cases(shapes=shapes, largest_exponent=min(6, largest_exponent(adapter, dtype))))
+    stream = data.draw(st.sampled_from(["plasticity", "stability"]))
+    response = data.draw(st.integers(0, len(case.group_ids) - 1))
+    coordinate = data.draw(st.integers(0, sum(case.sizes) - 1))
+    laws.non_finite_is_never_hidden(adapter, case, dtype, rule, bad, stream, response, coordinate)
+
+
+@settings(max_examples=5)
+@given(data=st.data())
+def test_overflow_is_flagged(eager: Adapter, data: st.DataObject) -> None:
+    case = data.draw(cases(shapes=SHAPES[:1], regimes=("free", "conflict"), largest_exponent=2))
+    laws.overflow_is_flagged(eager, case, eager.dtypes[0], data.draw(st.sampled_from((*PROJECTIONS, pcr.MGDA()))))
+
+
+@pytest.mark.parametrize("normalization", ["grpo", "dapo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@settings(max_examples=6)
+@given(data=st.data())
+def test_objective_is_exact(eager: Adapter, normalization: str, importance: str, data: st.DataObject) -> None:
+    case = data.draw(objective_cases(normalization=normalization, importance=importance))
+    dtype = data.draw(st.sampled_from(eager.dtypes))
+    laws.objective_is_exact(eager, case, dtype)
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "jax-x32"])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@given(data=st.data())
+def test_cotangents_equal_autodiff(name: str, importance: str, data: st.DataObject) -> None:
+    adapter = _named(name)
+    case = data.draw(objective_cases(importance=importance))
+    laws.cotangents_equal_autodiff(adapter, case, adapter.dtypes[0])
+
+
+@settings(max_examples=8)
+@given(data=st.data())
+def test_masked_entries_have_no_say(eager: Adapter, data: st.DataObject) -> None:
+    laws.masked_entries_have_no_say(eager, data.draw(objective_cases()), data.draw(st.sampled_from(eager.dtypes)))
