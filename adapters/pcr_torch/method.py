@@ -15,7 +15,7 @@ from pcr_core import BlockStatistics, Objective, Rule, Scatter, TemporalPrior
 from pcr_core.statistics import Strata
 from pcr_torch.blocks import Granularity, Selector, select_blocks
 from pcr_torch.probe import Recorder
-from pcr_torch.pullback import Pulled, backward_others, inner, per_response, total_dtype
+from pcr_torch.pullback import Pulled, backward_others, inner, per_response, total_dtype, wide_dtype
 from pcr_torch.report import Report
 
 Norms = Literal["auto", "fast", "loop"]
@@ -225,9 +225,10 @@ class PCR:
         self, totals: tuple[dict[str, Tensor], dict[str, Tensor]], scatter: Scatter[Tensor]
     ) -> BlockStatistics[Tensor]:
         p, s = totals
+        device = next(iter(self._parameters.values())).device
         rows = []
         for name, parameter in self._parameters.items():
-            zero = torch.zeros((), dtype=torch.float64, device=parameter.device)
+            zero = torch.zeros((), dtype=wide_dtype(parameter.device), device=parameter.device)
             rows.append(
                 torch.stack(
                     [
@@ -236,7 +237,7 @@ class PCR:
                         inner(p[name], s[name]) if name in p and name in s else zero,
                         zero + parameter.numel(),
                     ]
-                )
+                ).to(device)
             )
         sums = self._per_block(torch.stack(rows).to("cpu", torch.float64).T.contiguous())
         return BlockStatistics(

@@ -94,8 +94,9 @@ class Recorder:
         for name, parameter in self._parameters.items():
             if _version(parameter.grad) != before[name]:
                 raise ValueError(
-                    f"{name} is used outside its layer's forward (tied to another layer, or read by a fused kernel), "
-                    "where the fast path does not see it; use PCR(..., norms='loop') or leave it out of the blocks"
+                    f"{name} got a gradient that the fast path did not see: logp was computed before PCR(model) was "
+                    "made, or the weight is used outside its layer (tied, or read by a fused kernel). Make PCR(model) "
+                    "first; else use norms='loop' or leave the weight out of the blocks"
                 )
 
     def _arrived(self, path: str, x: Tensor, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:

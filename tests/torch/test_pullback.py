@@ -204,5 +204,5 @@ def test_a_weight_read_outside_its_layer_is_refused() -> None:
     method = PCR(model, blocks="lm_head", norms="fast")
     logp = model(data.tokens)[:, data.prompt - 1 : -1].log_softmax(-1)
     logp = logp.gather(-1, data.tokens[:, data.prompt :, None]).squeeze(-1)
-    with pytest.raises(ValueError, match=r"lm_head\.weight is used outside its layer"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight got a gradient that the fast path did not see.*outside its layer"):
         method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
