@@ -1,0 +1,165 @@
+"""One picture of a run: reward, KL, gradient norms, and what the rule saw and did in every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INK, QUIET = "#1f2933", "#9aa5b1"
+COLOURS = ("#2563a8", "#c2571a", "#2f8f5b", "#8a4fa3", "#b8356b", "#6b7280")
+HEATMAP_AT_LEAST = 0.02
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
+    """Draws the rows of a metrics.jsonl into `path` (PNG, or what the suffix says).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there are no rows.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"plots need matplotlib ({error}); install it with: pip install 'pcr-grpo[plot]'") from error
+    if not rows:
+        raise ValueError("no step was logged, so there is nothing to plot")
+    figure = Figure(figsize=(13.5, 7.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display
+    figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left", weight="bold")
+    axes = figure.subplots(2, 3)
+    steps = [row["step"] for row in rows]
+    _reward(axes[0, 0], steps, rows)
+    _line(axes[0, 1], steps, _column(rows, "kl"), COLOURS[1])
+    _label(axes[0, 1], "KL to the starting model", "nats a token")
+    _norms(axes[0, 2], steps, rows)
+    if any("blocks" in row for row in rows):
+        _heatmap(figure, axes[1, 0], [row for row in rows if "blocks" in row])
+        _families(axes[1, 1], rows, "alpha", "alpha by module family", "fraction of the conflict removed")
+        _families(axes[1, 2], rows, "b", "KL weight by module family", "effective KL coefficient / beta")
+    for axis in axes.flat:
+        if not axis.has_data():
+            axis.set_axis_off()
+    figure.savefig(path)
+    return path
+
+
+def layer_cosines(rows: Sequence[dict[str, Any]]) -> tuple[list[str], np.ndarray[Any, Any]]:
+    """Mean cos(P, S) of each layer (rows) at each step (columns); blocks outside layers come last."""
+    layers = sorted({layer for row in rows for layer in row["blocks"]["layer"] if layer is not None})
+    outside = any(layer is None for row in rows for layer in row["blocks"]["layer"])
+    keys: list[int | None] = [*layers, None] if outside else [*layers]
+    grid = np.full((len(keys), len(rows)), np.nan)
+    for column, row in enumerate(rows):
+        for line, key in enumerate(keys):
+            blocks = zip(row["blocks"]["layer"], row["blocks"]["cosine"], strict=True)
+            found = [c for layer, c in blocks if layer == key and c is not None]
+            if found:
+                grid[line, column] = np.mean(found)
+    return ["other" if key is None else str(key) for key in keys], grid
+
+
+def _reward(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> None:
+    reward = _column(rows, "reward")
+    axis.plot(steps, reward, "o", color=QUIET, markersize=4, label="mean of a step")
+    width = min(max(3, len(reward) // 8), len(reward))
+    axis.plot(steps, _smooth(reward, width), color=COLOURS[0], linewidth=2.2, label=f"mean of {width} steps")
+    axis.legend(frameon=False, fontsize=8, loc="best")
+    _label(axis, "reward", "mean over responses")
+
+
+def _norms(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> None:
+    names = (
+        ("grad_norm", "update, before clipping", INK),
+        ("pcr/plasticity_norm", "reward gradient (in the blocks)", COLOURS[0]),
+        ("pcr/stability_norm", "KL gradient (in the blocks)", COLOURS[1]),
+    )
+    for key, label, colour in names:
+        values = _column(rows, key)
+        if np.isfinite(values).any():
+            axis.plot(steps, np.where(values > 0, values, np.nan), color=colour, linewidth=1.6, label=label)
+    if axis.lines:
+        axis.set_yscale("log")
+        axis.legend(frameon=False, fontsize=8, loc="best")
+    _label(axis, "gradient norms", "norm (log)")
+
+
+def _heatmap(figure: Any, axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    names, grid = layer_cosines(rows)
+    finite = grid[np.isfinite(grid)]
+    limit = max(float(np.abs(finite).max()) if finite.size else 0.0, HEATMAP_AT_LEAST)
+    first, last = rows[0]["step"], rows[-1]["step"]
+    image = axis.imshow(
+        grid,
+        aspect="auto",
+        origin="lower",
+        cmap="RdBu",
+        vmin=-limit,
+        vmax=limit,
+        interpolation="nearest",
+        extent=(first - 0.5, last + 0.5, -0.5, len(names) - 0.5),
+    )
+    every = max(1, math.ceil(len(names) / 10))
+    axis.set_yticks(range(0, len(names), every), names[::every])
+    bar = figure.colorbar(image, ax=axis, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8)
+    _label(axis, "cos(reward gradient, KL gradient)", "layer", grid=False)
+
+
+def _families(axis: Any, rows: Sequence[dict[str, Any]], key: str, title: str, unit: str) -> None:
+    rows = [row for row in rows if "blocks" in row]
+    families = list(dict.fromkeys(name for row in rows for name in row["blocks"]["family"]))
+    for i, family in enumerate(families[:8]):
+        values = []
+        for row in rows:
+            blocks = zip(row["blocks"]["family"], row["blocks"][key], strict=True)
+            found = [v for name, v in blocks if name == family and v is not None]
+            values.append(np.mean(found) if found else np.nan)
+        dash = "-" if i < len(COLOURS) else "--"
+        axis.plot(
+            [row["step"] for row in rows],
+            values,
+            dash,
+            color=COLOURS[i % len(COLOURS)],
+            linewidth=1.6,
+            marker="o",
+            markersize=2.5,
+            label=family,
+        )
+    axis.legend(frameon=False, fontsize=8, loc="best")
+    _label(axis, title, unit)
+
+
+def _line(axis: Any, steps: list[int], values: np.ndarray[Any, Any], colour: str) -> None:
+    axis.plot(steps, values, color=colour, linewidth=2)
+
+
+def _label(axis: Any, title: str, unit: str, grid: bool = True) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_title(title, loc="left", fontsize=10.5, color=INK)
+    axis.set_xlabel("step", fontsize=9)
+    axis.set_ylabel(unit, fontsize=9)
+    axis.tick_params(labelsize=8, colors=INK)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if grid:
+        axis.grid(True, color="#e4e7eb", linewidth=0.8)
+    else:
+        axis.grid(False)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray[Any, Any]:
+    return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
+
+
+def _smooth(values: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
+    """Trailing mean over up to `width` steps."""
+    return np.array([np.nanmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))])

@@ -1,0 +1,129 @@
+"""Everything that decides a training run, in one record that is saved beside the results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pcr_core import RULES
+
+EXTENDABLE = ("steps", "save_every")
+"""Settings that may differ on --resume: they do not change the steps already taken."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of pcr-train; `Settings(model="tiny", task="chain_sum")` is complete.
+
+    Attributes:
+        model: "smollm2", "tiny", a local folder or a hub id.
+        task: the name of a reasoning-gym data set.
+        task_options: options of the data set.
+        shots: worked examples in front of every question.
+        style: "auto", "compact" or "full" prompts (see `tasks`).
+        rule: one of `pcr_core.RULES`, with `alpha`, `max_boost`, `prior`, `discount`, `update`, `gate`, `conflict`;
+            None leaves the rule's own default.
+        blocks: "mlp", "all" or a regular expression: the parameters that the rule acts on.
+        granularity: "tensor", "module", "layer" or "global".
+        beta: coefficient of the KL divergence to the starting model; > 0.
+        learning_rate: of Adam, constant.
+        steps: optimizer steps.
+        prompts: problems a step.
+        generations: responses to each problem.
+        micro_prompts: problems a forward pass; None takes all. Less needs less memory.
+        max_tokens: longest response.
+        temperature: of the sampled responses.
+        heldout: held-out problems, measured before and after.
+        samples: responses to each held-out problem.
+        retention_task: a second data set on which retention is measured; "none" for no other.
+        save_every: steps between two checkpoints; the last step is always saved.
+        seed: of problems, sampling and (tiny) the starting weights.
+    """
+
+    model: str = "smollm2"
+    task: str = "chain_sum"
+    task_options: dict[str, Any] = field(default_factory=dict)
+    shots: int = 4
+    style: str = "auto"
+    rule: str = "pcr"
+    alpha: str | float | None = None
+    max_boost: float | None = None
+    prior: str | None = None
+    discount: float | None = None
+    update: str | None = None
+    gate: str | None = None
+    conflict: str | None = None
+    blocks: str = "mlp"
+    granularity: str = "tensor"
+    beta: float = 0.04
+    learning_rate: float = 1e-5
+    steps: int = 12
+    prompts: int = 4
+    generations: int = 8
+    micro_prompts: int | None = None
+    max_tokens: int = 8
+    temperature: float = 1.0
+    heldout: int = 64
+    samples: int = 4
+    retention_task: str = "products"
+    save_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"--rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
+        if not self.beta > 0:
+            raise ValueError(
+                f"--beta: expected a number > 0, got {self.beta}: without a KL term there is no stability gradient, so "
+                "nothing for a rule to resolve. For plain GRPO without KL use trl.GRPOTrainer"
+            )
+        if self.generations < 2:
+            raise ValueError(f"--generations: expected at least 2 (advantages compare them), got {self.generations}")
+        for name in ("steps", "prompts", "max_tokens", "heldout", "samples", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+        if self.shots < 0:
+            raise ValueError(f"--shots: expected 0 or more, got {self.shots}")
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')}: expected a number > 0, got {getattr(self, name)}")
+        if self.micro_prompts is not None and (self.micro_prompts < 1 or self.prompts % self.micro_prompts):
+            raise ValueError(
+                f"--micro-prompts: {self.micro_prompts} does not divide --prompts {self.prompts}; every forward pass "
+                "takes the same number of whole groups"
+            )
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Settings:
+        """Settings saved by `save`; ValueError where the file is not one of this version's."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**values)
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a settings file of this version of pcr-train ({error})") from error
+
+    def differences(self, other: Settings) -> list[str]:
+        """Fields in which two runs differ, other than those that may change on --resume."""
+        return [f.name for f in fields(self) if f.name not in EXTENDABLE and _get(self, f.name) != _get(other, f.name)]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smollm2": {},
+    "tiny": {"shots": 0, "learning_rate": 2e-4, "prompts": 8, "heldout": 64, "samples": 2},
+}
+"""What a built-in model changes in the defaults of `Settings`."""
+
+
+def make_settings(model: str = "smollm2", **given: Any) -> Settings:
+    """Defaults, then the model's preset, then what was given (None: not given)."""
+    values = {**PRESETS.get(model, {}), **{name: value for name, value in given.items() if value is not None}}
+    return Settings(model=model, **values)
+
+
+def _get(settings: Settings, name: str) -> Any:
+    return getattr(settings, name)
