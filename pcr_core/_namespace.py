@@ -33,7 +33,7 @@ def common_namespace(**arrays: Any) -> Any:
     except TypeError as error:
         kinds = ", ".join(f"{name} is {type(value).__module__}" for name, value in named.items())
         raise TypeError(f"all arrays must come from one library, but {kinds}") from error
-    devices = {name: array_api_compat.device(value) for name, value in named.items() if not is_traced(value)}
+    devices = {name: device_of(value) for name, value in named.items() if not is_traced(value)}
     if len({str(device) for device in devices.values()}) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"all arrays must lie on one device, but {where}")
@@ -47,6 +47,13 @@ def is_traced(*arrays: Any) -> bool:
         return True
     jax = sys.modules.get("jax")
     return jax is not None and any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def device_of(array: Any) -> Any:
+    """For creating arrays beside this one; None (the default device) for JAX tracers, which have none yet."""
+    if array_api_compat.is_jax_array(array) and is_traced(array):
+        return None
+    return array_api_compat.device(array)
 
 
 def require_floating(xp: Any, **arrays: Any) -> None:

@@ -71,12 +71,15 @@ def group_advantages(
     xp = common_namespace(rewards=rewards, group_ids=group_ids)
     require_floating(xp, rewards=rewards)
     require_shape((None,), "one reward a response", rewards=rewards)
-    same, count = group_membership(xp, group_ids, rewards.shape[0], "group_ids")  # type: ignore[attr-defined]
-    r: Any = at_least_float32(xp, rewards)
+    r: Any = rewards
+    out = r.dtype
+    same, count = group_membership(xp, group_ids, r.shape[0], "group_ids")
+    r = at_least_float32(xp, r)
     member, m = xp.astype(same, r.dtype), xp.astype(count, r.dtype)
     centred = r - xp.sum(member * r[None, :], axis=1) / m
     if scale == "none":
-        return xp.astype(centred, rewards.dtype)  # type: ignore[attr-defined, no-any-return]
+        unscaled: ArrayT = xp.astype(centred, out)
+        return unscaled
     if scale == "group":
         if not is_traced(group_ids) and bool(xp.any(count < 2)):
             raise ValueError("group_ids: a group of one response has no standard deviation; use scale='none'")
@@ -85,7 +88,8 @@ def group_advantages(
         if r.shape[0] < 2:
             raise ValueError("rewards: one response has no standard deviation; use scale='none'")
         variance = xp.sum((r - xp.mean(r)) ** 2) / (r.shape[0] - 1)
-    return xp.astype(centred / (xp.sqrt(variance) + eps), rewards.dtype)  # type: ignore[attr-defined, no-any-return]
+    advantages: ArrayT = xp.astype(centred / (xp.sqrt(variance) + eps), out)
+    return advantages
 
 
 def group_membership(xp: Any, ids: Any, n: int, name: str) -> tuple[Any, Any]:
@@ -146,13 +150,14 @@ def grpo_objective(
     xp = common_namespace(logp=logp, logp_old=logp_old, logp_ref=logp_ref, advantages=advantages, mask=mask)
     require_floating(xp, logp=logp, logp_old=logp_old, logp_ref=logp_ref, advantages=advantages)
     require_shape((None, None), "(responses, tokens)", logp=logp)
-    n, length = logp.shape  # type: ignore[attr-defined]
+    lp: Any = logp
+    n, length = lp.shape
     require_shape((n, length), "that of logp", logp_old=logp_old, logp_ref=logp_ref, mask=mask)
     require_shape((n,), "one advantage a response", advantages=advantages)
 
-    out_dtype = logp.dtype  # type: ignore[attr-defined]
+    out_dtype = lp.dtype
     keep: Any = xp.astype(mask, xp.bool)
-    lp, old, ref = (_masked(xp, keep, x) for x in (logp, logp_old, logp_ref))
+    lp, old, ref = (_masked(xp, keep, x) for x in (lp, logp_old, logp_ref))
     dtype = lp.dtype
     advantage = xp.astype(advantages, dtype)[:, None]
     token = xp.astype(keep, dtype)

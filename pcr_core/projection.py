@@ -71,18 +71,22 @@ def variance_alpha(stats: BlockStatistics[ArrayT]) -> ArrayT:
     """V_p/(V_p + V_s), the paper's (Proposition 4.1); 1/2 where both are 0."""
     xp = check_statistics(stats)
     vp: Any = stats.plasticity_var
-    return ratio(xp, vp, vp + stats.stability_var, empty=0.5)  # type: ignore[no-any-return]
+    alpha: ArrayT = ratio(xp, vp, vp + stats.stability_var, empty=0.5)
+    return alpha
 
 
 def snr_alpha(stats: BlockStatistics[ArrayT]) -> ArrayT:
     """q_s/(q_p + q_s) with signal-to-noise ratios q = |.|^2/v: free of the streams' scales; 0/0 is 1/2."""
     xp = check_statistics(stats)
-    p2, s2 = stats.plasticity_sq, stats.stability_sq
-    vp, vs = stats.plasticity_var, stats.stability_var
+    p2: Any = stats.plasticity_sq
+    s2: Any = stats.stability_sq
+    vp: Any = stats.plasticity_var
+    vs: Any = stats.stability_var
     # products of fractions: |S|^2 v_p itself can leave float32
-    stability = ratio(xp, s2, p2 + s2) * ratio(xp, vp, vp + vs)  # type: ignore[operator]
-    plasticity = ratio(xp, p2, p2 + s2) * ratio(xp, vs, vp + vs)  # type: ignore[operator]
-    return ratio(xp, stability, plasticity + stability, empty=0.5)  # type: ignore[no-any-return]
+    stability = ratio(xp, s2, p2 + s2) * ratio(xp, vp, vp + vs)
+    plasticity = ratio(xp, p2, p2 + s2) * ratio(xp, vs, vp + vs)
+    alpha: ArrayT = ratio(xp, stability, plasticity + stability, empty=0.5)
+    return alpha
 
 
 def conflict_probability(stats: BlockStatistics[ArrayT], c: ArrayT) -> ArrayT:
@@ -99,7 +103,8 @@ def conflict_probability(stats: BlockStatistics[ArrayT], c: ArrayT) -> ArrayT:
     value: Any = c
     certain = xp.astype(value < 0, value.dtype)
     soft = 0.5 * erfc(xp, value / deviation / math.sqrt(2))
-    return xp.where(xp.isnan(scale), scale, xp.where(scale > 0, soft, certain))  # type: ignore[no-any-return]
+    probability: ArrayT = xp.where(xp.isnan(scale), scale, xp.where(scale > 0, soft, certain))
+    return probability
 
 
 def _root(xp: Any, x: Any) -> Any:
@@ -158,7 +163,7 @@ def soft_projection(
         stability=anchor + boost,
         alpha=fraction,
         conflict=opposed,
-        conflict_probability=probability,
+        probability=probability,
         removed=boost * ratio(xp, _root(xp, s2), _root(xp, stats.plasticity_sq)),
     )
 
@@ -171,7 +176,7 @@ def report(
     stability: Any,
     alpha: Any,
     conflict: Any = None,
-    conflict_probability: Any = None,
+    probability: Any = None,
     removed: Any = None,
     needs_statistics: bool = True,
 ) -> Weights[ArrayT]:
@@ -191,17 +196,12 @@ def report(
         alpha=alpha,
         cosine=xp.clip(cosine, -1.0, 1.0),
         conflict=dot < 0 if conflict is None else conflict,
-        conflict_probability=(
-            _module_conflict_probability(stats, dot) if conflict_probability is None else conflict_probability
-        ),
+        conflict_probability=conflict_probability(stats, dot) if probability is None else probability,
         removed=xp.zeros_like(p2) if removed is None else removed,
         plasticity_nsr=_noise_to_signal(xp, stats.plasticity_var, p2),
         stability_nsr=_noise_to_signal(xp, stats.stability_var, s2),
         finite=finite,
     )
-
-
-_module_conflict_probability = conflict_probability
 
 
 def _noise_to_signal(xp: Any, v: Any, sq: Any) -> Any:

@@ -89,10 +89,10 @@ def resolve(
         sizes=sizes,
         strata=strata,
     )
-    out = plasticity.dtype  # type: ignore[attr-defined]
-    wide = widest_float(xp, plasticity)
-    p: Any = xp.sum(xp.astype(plasticity, wide), axis=0)
-    s: Any = xp.sum(xp.astype(stability, wide), axis=0)
+    p: Any = plasticity
+    s: Any = stability
+    out, wide = _common_dtype(xp, p, s), widest_float(xp, p)
+    p, s = xp.sum(xp.astype(p, wide), axis=0), xp.sum(xp.astype(s, wide), axis=0)
     lengths = (p.shape[0],) if sizes is None else tuple(sizes)
     if isinstance(rule, PCR) and isinstance(rule.prior, TemporalPrior):
         weights, state = _filter(xp, rule, stats, p, s, state, lengths)
@@ -103,6 +103,10 @@ def resolve(
         weights = rule(stats)
     update = _spread(xp, weights.plasticity, lengths) * p + _spread(xp, weights.stability, lengths) * s
     return Resolution(xp.astype(update, out), weights, stats, state)
+
+
+def _common_dtype(xp: Any, p: Any, s: Any) -> Any:
+    return p.dtype if p.dtype == s.dtype else xp.result_type(p.dtype, s.dtype)
 
 
 def _filter(

@@ -201,9 +201,10 @@ class MGDA:
 
     def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
         xp = check_statistics(stats)
+        p2: Any = stats.plasticity_sq
         s2: Any = stats.stability_sq
-        gap = stats.plasticity_sq + s2 - 2 * stats.dot  # type: ignore[operator]
-        t = xp.clip(ratio(xp, s2 - stats.dot, gap, empty=0.5), 0.0, 1.0)
+        c: Any = stats.dot
+        t = xp.clip(ratio(xp, s2 - c, p2 + s2 - 2 * c, empty=0.5), 0.0, 1.0)
         return report(xp, stats, plasticity=t, stability=1 - t, alpha=xp.zeros_like(t))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 from pcr_core._namespace import (
     ArrayT,
     common_namespace,
+    device_of,
     is_traced,
     require_floating,
     require_shape,
@@ -105,7 +106,7 @@ def stratified_covariance(response_dot: ArrayT, stratum_dot: ArrayT, stratum_ids
     require_shape((r.shape[0],), "one id a response", stratum_ids=ids)
     wide = widest_float(xp, r)
     r, s = xp.astype(r, wide), xp.astype(s, wide)
-    index = xp.arange(s.shape[0], dtype=ids.dtype, device=getattr(ids, "device", None) if not is_traced(ids) else None)
+    index = xp.arange(s.shape[0], dtype=ids.dtype, device=device_of(ids))
     member = xp.astype(ids[None, :] == index[:, None], wide)  # (q, n)
     m = xp.sum(member, axis=1)
     if not is_traced(ids):
@@ -119,7 +120,8 @@ def stratified_covariance(response_dot: ArrayT, stratum_dot: ArrayT, stratum_ids
         member, m, used = member[:, :, None], m[:, None], used[:, None]
     within = xp.sum(member * r[None, ...], axis=1)
     terms = m / (m - 1) * (within - s / m)
-    return xp.sum(xp.where(used, terms, xp.zeros_like(terms)), axis=0)  # type: ignore[no-any-return]
+    covariance: ArrayT = xp.sum(xp.where(used, terms, xp.zeros_like(terms)), axis=0)
+    return covariance
 
 
 def stratified_variance(response_sq: ArrayT, stratum_sq: ArrayT, stratum_ids: ArrayT) -> ArrayT:
@@ -144,12 +146,9 @@ def stratified_variance(response_sq: ArrayT, stratum_sq: ArrayT, stratum_ids: Ar
         4.0
     """
     v: Any = stratified_covariance(response_sq, stratum_sq, stratum_ids)
-    return clamp_at_zero(common_namespace(v=v), v)  # type: ignore[no-any-return]
-
-
-def clamp_at_zero(xp: Any, v: Any) -> Any:
-    """max(v, 0) that keeps NaN."""
-    return xp.where(v < 0, xp.zeros_like(v), v)
+    xp = common_namespace(v=v)
+    clamped: ArrayT = xp.where(v < 0, xp.zeros_like(v), v)  # unlike maximum, keeps NaN in every library
+    return clamped
 
 
 def contribution_statistics(
@@ -190,15 +189,16 @@ def contribution_statistics(
     )
     require_floating(xp, plasticity=plasticity, stability=stability)
     require_shape((None, None), "(responses, coordinates)", plasticity=plasticity)
-    n, d = plasticity.shape  # type: ignore[attr-defined]
+    p: Any = plasticity
+    n, d = p.shape
     shared = stability_group_ids is None
     require_shape((n if shared else None, d), "(responses, coordinates) of plasticity", stability=stability)
     sizes = (d,) if sizes is None else tuple(sizes)
     if sum(sizes) != d or min(sizes) < 1:
         raise ValueError(f"sizes: expected positive numbers that add up to {d}, got {sizes}")
 
-    wide = widest_float(xp, plasticity)
-    p, s = xp.astype(plasticity, wide), xp.astype(stability, wide)
+    wide = widest_float(xp, p)
+    p, s = xp.astype(p, wide), xp.astype(stability, wide)
     p_centred, p_weight = _centred(xp, p, group_ids, strata, "group_ids")
     s_centred, s_weight = (
         _centred(xp, s, group_ids, strata, "group_ids")
@@ -228,7 +228,7 @@ def contribution_statistics(
 
 
 def _centred(xp: Any, c: Any, ids: Any, strata: Strata, name: str) -> tuple[Any, Any]:
-    """(n, d) contributions less their stratum's mean, and (n,) the Bessel weight m/(m - 1) of each response's stratum."""
+    """(n, d) contributions less their stratum's mean, and (n,) the Bessel weight m/(m - 1) of their stratum."""
     n = c.shape[0]
     same, count = group_membership(xp, ids, n, name)
     if strata == "batch":
