@@ -7,8 +7,11 @@ cotangents of shape (responses, tokens). They are known in closed form (math.md 
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, get_args
+
+import array_api_compat
 
 from pcr_core._namespace import (
     ArrayT,
@@ -213,9 +216,12 @@ def _normalization(xp: Any, token: Any, normalization: Normalization, normalizer
 
 
 def _check_options(beta: Any, clip: tuple[float, float], normalization: str, importance: str) -> None:
-    if isinstance(beta, (int, float)) and not (beta >= 0 and math.isfinite(beta)):
-        raise ValueError(f"beta: expected a finite number >= 0, got {beta}")
-    if len(clip) != 2 or not all(bound >= 0 for bound in clip):
+    if isinstance(beta, numbers.Real):
+        if not 0 <= float(beta) < math.inf:
+            raise ValueError(f"beta: expected a finite number >= 0, got {beta}")
+    elif not array_api_compat.is_array_api_obj(beta):  # an array is trusted: it may be traced
+        raise TypeError(f"beta: expected a finite number >= 0, got {beta!r}")
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2 or not all(bound >= 0 for bound in clip):
         raise ValueError(f"clip: expected (low, high), both >= 0, got {clip}")
     if normalization not in get_args(Normalization):
         raise ValueError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
