@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pcr_conformance import laws
 from pcr_conformance.adapter import Adapter, largest_exponent
+from pcr_conformance.cases import Case
 from pcr_conformance.libraries import NAMES, library, missing
 from pcr_conformance.strategies import REGIMES, SHAPES, cases, objective_cases
 
@@ -24,6 +25,9 @@ OTHERS = (pcr.GRPO(), pcr.NoAnchor(), pcr.HardProjection(), pcr.FixedAlpha(0.3),
 seeds = st.integers(0, 2**32 - 1)
 
 
+EAGER = tuple(name for name in NAMES if "jit" not in name and "compile" not in name)
+
+
 def _named(name: str) -> Adapter:
     reason = missing(name)
     if reason:
@@ -31,31 +35,28 @@ def _named(name: str) -> Adapter:
     return library(name)
 
 
+@pytest.fixture(params=EAGER)
+def eager(request: pytest.FixtureRequest) -> Adapter:
+    """Most laws run eagerly: what compilation may change is for `test_compiled_equals_eager` to say."""
+    return _named(request.param)
+
+
+@pytest.fixture(params=[name for name in NAMES if name not in EAGER])
+def compiled(request: pytest.FixtureRequest) -> Adapter:
+    return _named(request.param)
+
+
 @pytest.fixture(params=NAMES)
 def adapter(request: pytest.FixtureRequest) -> Adapter:
     return _named(request.param)
 
 
-@pytest.fixture(params=[name for name in NAMES if "jit" not in name and "compile" not in name])
-def eager(request: pytest.FixtureRequest) -> Adapter:
-    """For laws that vary shapes or rules: what compilation adds to them is law 10's business."""
-    return _named(request.param)
-
-
-@pytest.fixture(params=[name for name in NAMES if "jit" in name or "compile" in name])
-def compiled(request: pytest.FixtureRequest) -> Adapter:
-    return _named(request.param)
-
-
-def _draw(data: st.DataObject, adapter: Adapter, dtype: str, **options: object):  # type: ignore[no-untyped-def]
-    options.setdefault("shapes", SHAPES[:2] if adapter.compiled else SHAPES)
+def _draw(data: st.DataObject, adapter: Adapter, dtype: str, **options: object) -> Case:
+    # JAX compiles every operation for each new shape, eager or not
+    options.setdefault("shapes", SHAPES[1:2] if adapter.compiled else SHAPES[:2] if "jax" in adapter.name else SHAPES)
     if dtype == "float16":  # one huge response is beyond its range
         options["regimes"] = tuple(r for r in options.get("regimes", REGIMES) if "huge" not in r)  # type: ignore[attr-defined]
     return data.draw(cases(largest_exponent=largest_exponent(adapter, dtype), **options))  # type: ignore[arg-type]
-
-
-def _rules(adapter: Adapter, rules: tuple[pcr.Rule, ...]) -> st.SearchStrategy[pcr.Rule]:
-    return st.sampled_from(rules[:2] if adapter.compiled else rules)
 
 
 @given(data=st.data())
@@ -65,9 +66,9 @@ def test_statistics_are_exact(eager: Adapter, data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-def test_weights_are_exact(adapter: Adapter, data: st.DataObject) -> None:
-    rule = data.draw(_rules(adapter, (pcr.PCR(), PROBABLE, SHRINKING, *PROJECTIONS[1:], *OTHERS)))
-    laws.weights_are_exact(adapter, _draw(data, adapter, "float32"), "float32", rule)
+def test_weights_are_exact(eager: Adapter, data: st.DataObject) -> None:
+    rule = data.draw(st.sampled_from((*PROJECTIONS, PROBABLE, SHRINKING, *OTHERS)))
+    laws.weights_are_exact(eager, _draw(data, eager, "float32"), "float32", rule)
 
 
 @given(data=st.data())
@@ -80,10 +81,10 @@ def test_update_is_the_combination(eager: Adapter, data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-def test_no_conflict_is_the_plain_sum(adapter: Adapter, data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from(adapter.dtypes[:2]))
-    rule = data.draw(_rules(adapter, (*PROJECTIONS, PROBABLE, pcr.HardProjection(), pcr.PCGrad())))
-    laws.no_conflict_is_the_plain_sum(adapter, _draw(data, adapter, dtype, regimes=NO_CONFLICT), dtype, rule)
+def test_no_conflict_is_the_plain_sum(eager: Adapter, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(eager.dtypes[:2]))
+    rule = data.draw(st.sampled_from((*PROJECTIONS, PROBABLE, pcr.HardProjection(), pcr.PCGrad())))
+    laws.no_conflict_is_the_plain_sum(eager, _draw(data, eager, dtype, regimes=NO_CONFLICT), dtype, rule)
 
 
 @pytest.mark.parametrize("kind", ["variance", "snr"])
@@ -128,37 +129,40 @@ def test_scale_goes_through(eager: Adapter, data: st.DataObject, power: int) -> 
     laws.scale_goes_through(eager, _draw(data, eager, dtype), dtype, rule, power)
 
 
+@settings(max_examples=10)
 @given(data=st.data(), seed=seeds)
 def test_strata_add_up(eager: Adapter, data: st.DataObject, seed: int) -> None:
-    laws.strata_add_up(eager, _draw(data, eager, "float32"), "float32", seed)
+    laws.strata_add_up(eager, _draw(data, eager, "float32", shapes=SHAPES[1:2]), "float32", seed)
 
 
+@settings(max_examples=10)
 @given(data=st.data(), seed=seeds)
 def test_shards_add_up(eager: Adapter, data: st.DataObject, seed: int) -> None:
-    laws.shards_add_up(eager, _draw(data, eager, "float32"), "float32", seed)
+    laws.shards_add_up(eager, _draw(data, eager, "float32", shapes=SHAPES[:2]), "float32", seed)
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_compiled_equals_eager(compiled: Adapter, data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from(("float32", compiled.dtypes[0])))
-    rule = data.draw(st.sampled_from((pcr.PCR(), pcr.PCR.paper(), SHRINKING)))
+    dtype = "float32"
+    rule = data.draw(st.sampled_from((pcr.PCR(), pcr.PCR(prior=pcr.ShrinkagePrior(), gate="probability"))))
     laws.compiled_equals_eager(compiled, _draw(data, compiled, dtype), dtype, rule)
 
 
-@settings(max_examples=3)
+@settings(max_examples=1)
 @given(data=st.data())
-def test_dtype_and_device_come_back(adapter: Adapter, data: st.DataObject) -> None:
-    case = data.draw(cases(shapes=SHAPES[:1], largest_exponent=1))
-    laws.dtype_and_device_come_back(adapter, case, pcr.PCR())
+def test_dtype_and_device_come_back(eager: Adapter, data: st.DataObject) -> None:
+    case = data.draw(cases(shapes=SHAPES[1:2], largest_exponent=0, regimes=("free",)))
+    laws.dtype_and_device_come_back(eager, case, pcr.PCR())
 
 
 @settings(max_examples=10)
 @given(data=st.data(), bad=st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_non_finite_is_never_hidden(adapter: Adapter, data: st.DataObject, bad: float) -> None:
     dtype = "float32"
-    rule = data.draw(_rules(adapter, (pcr.PCR(), pcr.GRPO(), PROBABLE, SHRINKING, *PROJECTIONS[1:], *OTHERS[1:])))
-    shapes = (SHAPES[1],) if adapter.compiled else (SHAPES[1], SHAPES[3])
+    rules = (pcr.PCR(),) if adapter.compiled else (*PROJECTIONS, PROBABLE, SHRINKING, *OTHERS)
+    rule = data.draw(st.sampled_from(rules))
+    shapes = SHAPES[3:4] if adapter.name == "numpy" else SHAPES[1:2]
     case = data.draw(cases(shapes=shapes, largest_exponent=min(6, largest_exponent(adapter, dtype))))
     stream = data.draw(st.sampled_from(["plasticity", "stability"]))
     response = data.draw(st.integers(0, len(case.group_ids) - 1))

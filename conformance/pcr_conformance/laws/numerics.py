@@ -23,6 +23,7 @@ def compiled_equals_eager(adapter: Adapter, case: Case, dtype: str, rule: Rule) 
         law = f"law 10 (compiled equals eager), {rule}, block {i}"
         close(law, "dot", got.statistics.dot[i], expected.statistics.dot[i], 2 * bound.c)
         near(law, "update", got.update[block], expected.update[block], 2 * allowed[i])
+    assert (got.dtype, got.device) == (expected.dtype, expected.device), f"law 10: {got.dtype} on {got.device}"
     same_bits("law 10 (compiled equals eager)", "finite", got.weights.finite, expected.weights.finite)
 
 

@@ -1,0 +1,172 @@
+"""What cannot be meant is refused: the error names the argument, what came and what is expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pcr_core as pcr
+
+P = np.asarray([[1.0, 2.0], [3.0, 1.0], [0.5, 0.0]])
+IDS = np.asarray([0, 0, 0])
+LOGP = -np.ones((2, 3))
+GOOD: dict[str, Any] = {
+    "logp": LOGP,
+    "logp_old": LOGP,
+    "logp_ref": LOGP,
+    "advantages": np.ones(2),
+    "mask": np.ones((2, 3), dtype=bool),
+    "beta": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"stability": P[:2]}, ValueError, r"stability: expected shape \(3, 2\).*got \(2, 2\)"),
+        ({"stability": P[:, :1]}, ValueError, r"stability: expected shape \(3, 2\).*got \(3, 1\)"),
+        ({"plasticity": P[0]}, ValueError, r"plasticity: expected shape \(any, any\).*got \(2,\)"),
+        ({"group_ids": IDS[:2]}, ValueError, r"group_ids: expected shape \(3,\).*got \(2,\)"),
+        ({"group_ids": IDS[:, None]}, ValueError, r"group_ids: expected shape \(3,\)"),
+        ({"group_ids": IDS.astype(float)}, TypeError, "group_ids: expected integers, got float64"),
+        ({"group_ids": IDS == 0}, TypeError, "group_ids: expected integers, got bool"),
+        ({"group_ids": np.asarray([0, 0, 1])}, ValueError, "group_ids: a stratum of one response"),
+        ({"stability_group_ids": np.asarray([0, 0, 1])}, ValueError, "stability_group_ids: a stratum of one"),
+        ({"stability_group_ids": IDS[:2]}, ValueError, r"stability_group_ids: expected shape \(3,\)"),
+        ({"plasticity": P.astype(int)}, TypeError, "plasticity: expected a real floating dtype, got int64"),
+        ({"stability": P.astype(complex)}, TypeError, "stability: expected a real floating dtype, got complex128"),
+        ({"plasticity": P.tolist()}, TypeError, "plasticity: expected an array .* got builtins.list"),
+        ({"sizes": (1, 2)}, ValueError, r"sizes: expected positive numbers that add up to 2, got \(1, 2\)"),
+        ({"sizes": (0, 2)}, ValueError, "sizes: expected positive"),
+        ({"strata": "prompt"}, ValueError, r"strata: expected one of \('group', 'batch'\), got 'prompt'"),
+    ],
+)
+def test_resolve(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pcr.resolve(**{"plasticity": P, "stability": P, "group_ids": IDS, **changes})
+
+
+def test_batch_strata_allow_single_responses() -> None:
+    res = pcr.resolve(P, -P, group_ids=np.asarray([0, 1, 2]), strata="batch")
+    assert np.isfinite(res.update).all()
+    with pytest.raises(ValueError, match="group_ids: one response"):
+        pcr.resolve(P[:1], -P[:1], group_ids=IDS[:1], strata="batch")
+
+
+def test_state_without_a_filter() -> None:
+    rule = pcr.PCR(prior=pcr.TemporalPrior())
+    state = pcr.resolve(P, -P, group_ids=IDS, rule=rule).state
+    with pytest.raises(ValueError, match="state: only PCR with TemporalPrior"):
+        pcr.resolve(P, -P, group_ids=IDS, state=state)
+
+
+def test_mixed_libraries() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"one library.*plasticity is torch.*stability is numpy"):
+        pcr.resolve(torch.asarray(P), P, group_ids=torch.asarray(IDS))  # type: ignore[misc]
+    with pytest.raises(TypeError, match="one library"):
+        pcr.grpo_objective(**{**GOOD, "logp_ref": torch.asarray(LOGP)})
+
+
+def test_mixed_devices() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ValueError, match=r"one device.*stability on meta"):
+        pcr.resolve(torch.asarray(P), torch.empty((3, 2), device="meta"), group_ids=torch.asarray(IDS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"beta": -0.1}, ValueError, "beta: expected a finite number >= 0, got -0.1"),
+        ({"beta": math.nan}, ValueError, "beta: .* got nan"),
+        ({"beta": math.inf}, ValueError, "beta: .* got inf"),
+        ({"beta": np.float32(-1)}, ValueError, "beta: .* got"),
+        ({"beta": None}, TypeError, "beta: .* got None"),
+        ({"clip": (-0.1, 0.2)}, ValueError, r"clip: .* got \(-0.1, 0.2\)"),
+        ({"clip": (0.2, -0.1)}, ValueError, "clip: "),
+        ({"clip": (math.nan, 0.2)}, ValueError, "clip: "),
+        ({"clip": (0.2,)}, ValueError, "clip: "),
+        ({"clip": 0.2}, (TypeError, ValueError), "clip: .* got 0.2"),
+        ({"normalization": "mean"}, ValueError, "normalization: expected one of .* got 'mean'"),
+        ({"importance": "word"}, ValueError, "importance: expected one of .* got 'word'"),
+        ({"logp": LOGP[0]}, ValueError, r"logp: expected shape"),
+        ({"logp_old": LOGP[:1]}, ValueError, r"logp_old: expected shape \(2, 3\).*got \(1, 3\)"),
+        ({"logp_ref": LOGP[:, :2]}, ValueError, "logp_ref: expected shape"),
+        ({"mask": np.ones(3, dtype=bool)}, ValueError, "mask: expected shape"),
+        ({"advantages": np.ones(3)}, ValueError, r"advantages: expected shape \(2,\).*got \(3,\)"),
+        ({"advantages": np.ones(2, dtype=int)}, TypeError, "advantages: expected a real floating dtype, got int64"),
+        ({"logp": LOGP.astype(int)}, TypeError, "logp: expected a real floating dtype"),
+        ({"logp_ref": LOGP.tolist()}, TypeError, "logp_ref: expected an array"),
+    ],
+)
+def test_objective(changes: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        pcr.grpo_objective(**{**GOOD, **changes})
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((np.ones(3), IDS[:2]), {}, ValueError, "group_ids: expected shape"),
+        ((np.ones(3, dtype=int), IDS), {}, TypeError, "rewards: expected a real floating dtype"),
+        ((np.ones((3, 1)), IDS), {}, ValueError, "rewards: expected shape"),
+        ((np.ones(3), np.asarray([0, 0, 1])), {}, ValueError, "group_ids: a group of one response"),
+        ((np.ones(1), IDS[:1]), {"scale": "batch"}, ValueError, "rewards: one response"),
+        ((np.ones(3), IDS), {"scale": "prompt"}, ValueError, "scale: expected one of .* got 'prompt'"),
+    ],
+)
+def test_advantages(args: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pcr.group_advantages(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: pcr.PCR(alpha=1.5), ValueError, r"alpha: .*\[0, 1\], got 1.5"),
+        (lambda: pcr.PCR(alpha=-0.1), ValueError, "alpha"),
+        (lambda: pcr.PCR(alpha=math.nan), ValueError, "alpha"),
+        (lambda: pcr.PCR(alpha=True), ValueError, "alpha"),
+        (lambda: pcr.PCR(alpha="variances"), ValueError, "alpha: expected 'variance', 'snr' or"),
+        (lambda: pcr.FixedAlpha(2), ValueError, r"alpha: expected a number in \[0, 1\], got 2"),
+        (lambda: pcr.FixedAlpha("snr"), ValueError, "alpha"),
+        (lambda: pcr.PCR(max_boost=-1.0), ValueError, "max_boost: .* got -1.0"),
+        (lambda: pcr.PCR(max_boost=math.nan), ValueError, "max_boost"),
+        (lambda: pcr.PCR(prior="flat"), TypeError, "prior: expected .* got 'flat'"),
+        (lambda: pcr.PCR(update="anchor"), ValueError, "update: expected one of"),
+        (lambda: pcr.PCR(gate="hard"), ValueError, "gate: expected one of"),
+        (lambda: pcr.PCR(conflict="biased"), ValueError, "conflict: expected one of"),
+        (lambda: pcr.PCR(conflict="debiased", prior=pcr.TemporalPrior()), ValueError, "debiased.*TemporalPrior"),
+    ],
+)
+def test_rule_options(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((np.ones(3), np.ones(2), IDS[:2]), ValueError, "stratum_ids: expected shape"),
+        ((np.ones(3), np.ones(1), IDS.astype(float)), TypeError, "stratum_ids: expected integers"),
+        ((np.ones(3), np.ones(2), np.asarray([0, 0, 1])), ValueError, "stratum_ids: a stratum of one"),
+        ((np.ones(4), np.ones(1), np.asarray([0, 0, 1, 1])), ValueError, r"stratum_ids: .*\[0, 1\)"),
+        ((np.ones(2), np.ones(1), np.asarray([-1, -1])), ValueError, "stratum_ids"),
+        ((np.ones((3, 2)), np.ones((1, 3)), IDS), ValueError, "stratum_dot: expected shape"),
+        ((np.ones((3, 2, 1)), np.ones(1), IDS), ValueError, "response_dot: expected shape"),
+    ],
+)
+def test_strata(args: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pcr.stratified_covariance(*args)
+
+
+def test_statistics_of_unequal_length() -> None:
+    one, two = np.ones(1), np.ones(2)
+    with pytest.raises(ValueError, match=r"covariance: expected shape \(1,\).*got \(2,\)"):
+        pcr.GRPO()(pcr.BlockStatistics(one, one, one, one, one, two, one))
+    with pytest.raises(TypeError, match="size: expected a real floating dtype, got int64"):
+        pcr.GRPO()(pcr.BlockStatistics(one, one, one, one, one, one, np.ones(1, dtype=int)))

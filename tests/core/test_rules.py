@@ -1,0 +1,117 @@
+"""The rules: frozen values, limits, names, and their life as hashable constants."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+
+import pcr_core as pcr
+
+ALL = (pcr.PCR(), pcr.GRPO(), pcr.NoAnchor(), pcr.HardProjection(), pcr.FixedAlpha(0.3), pcr.PCGrad(), pcr.MGDA())
+
+
+def _stats(p2=4.0, s2=1.0, c=-1.0, vp=3.0, vs=1.0, vps=-0.5, d=2.0):  # type: ignore[no-untyped-def]
+    return pcr.BlockStatistics(*(np.asarray([x]) for x in (p2, s2, c, vp, vs, vps, d)))
+
+
+def _ab(rule: pcr.Rule, **stats: float) -> tuple[float, float]:
+    w = rule(_stats(**stats))
+    return float(w.plasticity[0]), float(w.stability[0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (pcr.GRPO(), (1, 1)),
+        (pcr.NoAnchor(), (1, 0)),
+        (pcr.HardProjection(), (1, 2)),
+        (pcr.FixedAlpha(0.25), (1, 1.25)),
+        (pcr.PCGrad(), (1.25, 2)),
+        (pcr.MGDA(), (2 / 7, 5 / 7)),
+        (pcr.PCR(), (1, 1.75)),
+        (pcr.PCR.paper(update="literal"), (1, 0.75)),
+        (pcr.PCR(max_boost=0.5), (1, 1.5)),
+        (pcr.PCR(alpha="snr"), (1, 1 + 3 / 7)),  # q_p = 4/3, q_s = 1
+        (pcr.PCR(conflict="debiased"), (1, 1 + 0.75 * 0.5)),
+        (pcr.PCR(prior=pcr.ShrinkagePrior(), alpha=0.5), (0.25, 0)),  # S is no more than its noise
+    ],
+)
+def test_frozen_values(rule: pcr.Rule, expected: tuple[float, float]) -> None:
+    assert _ab(rule) == pytest.approx(expected, rel=1e-15)
+
+
+def test_limits_of_certainty() -> None:
+    """A certain stability gradient gives the hard projection, a certain plasticity gradient none at all."""
+    assert _ab(pcr.PCR.paper(), vs=0.0) == _ab(pcr.HardProjection())
+    assert _ab(pcr.PCR.paper(), vp=0.0) == (1, 1)
+    assert pcr.PCR()(_stats(vp=0.0, vs=0.0)).alpha == 0.5
+    assert pcr.PCR(alpha="snr")(_stats(vp=0.0, vs=0.0)).alpha == 0.5
+
+
+def test_nothing_to_project_on() -> None:
+    for rule in ALL[3:6]:
+        assert _ab(rule, s2=0.0, c=0.0, vs=0.0) == (1, 1)
+    assert _ab(pcr.MGDA(), p2=1.0, s2=1.0, c=1.0) == (0.5, 0.5)
+
+
+def test_probability_gate_is_a_smooth_sign_gate() -> None:
+    certain = {"vp": 1e-12, "vs": 1e-12}
+    assert _ab(pcr.PCR(gate="probability"), **certain) == pytest.approx(_ab(pcr.PCR(), **certain))
+    noisy = {"c": -1e-9, "vp": 1e6, "vs": 1e6}
+    w = pcr.PCR(gate="probability")(_stats(**noisy))
+    assert w.conflict_probability == pytest.approx(0.5)
+
+
+def test_report() -> None:
+    w = pcr.PCR()(_stats())
+    assert (w.cosine, w.conflict, w.finite) == (-0.5, True, True)
+    assert w.removed == pytest.approx(0.75 * 0.5)
+    assert (w.plasticity_nsr, w.stability_nsr) == (0.75, 1.0)
+    assert pcr.GRPO()(_stats(s2=0.0, c=0.0)).stability_nsr == math.inf
+    assert pcr.GRPO()(_stats(s2=0.0, c=0.0, vs=0.0)).stability_nsr == 0
+
+
+def test_shrinkage_reports_the_totals_geometry() -> None:
+    """A gain of zero does not turn the streams' measured cosine into zero."""
+    w = pcr.PCR(prior=pcr.ShrinkagePrior())(_stats(vs=2.0))
+    assert w.cosine == -0.5
+    assert w.stability_nsr == 2
+
+
+@pytest.mark.parametrize("rule", ALL, ids=lambda r: type(r).__name__)
+def test_rules_are_constants(rule: pcr.Rule) -> None:
+    twin = pickle.loads(pickle.dumps(rule))
+    assert twin == rule
+    assert hash(twin) == hash(rule)
+    assert isinstance(rule, pcr.Rule)
+    with pytest.raises(AttributeError):
+        rule.alpha = 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", pcr.RULES)
+def test_every_name_makes_its_rule(name: str) -> None:
+    assert isinstance(pcr.make_rule(name), pcr.Rule)
+
+
+def test_make_rule_passes_options() -> None:
+    made = pcr.make_rule("pcr", prior="temporal", discount=0.5, alpha="snr", max_boost=2.0)
+    assert made == pcr.PCR(prior=pcr.TemporalPrior(0.5), alpha="snr", max_boost=2.0)
+    assert pcr.make_rule("paper", update="literal") == pcr.PCR.paper(update="literal")
+    assert pcr.make_rule("paper") == pcr.PCR(max_boost=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        (("nope",), {}, "rule: expected one of"),
+        (("pcr",), {"prior": "nope"}, "prior: expected one of"),
+        (("hard",), {"prior": "shrinkage"}, "has no prior"),
+        (("grpo",), {"alpha": 0.5}, "has no option 'alpha'"),
+    ],
+)
+def test_make_rule_refuses(args: tuple[str], options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pcr.make_rule(*args, **options)  # type: ignore[arg-type]
