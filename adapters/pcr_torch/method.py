@@ -190,7 +190,9 @@ class PCR:
 
     def _pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> None:
         ids = _check_batch(logp, cotangents, group_ids, self.strata)
-        strata = [torch.nonzero(ids == q).flatten() for q in range(int(ids.max()) + 1)]
+        strata: list[list[int]] = [[] for _ in range(int(ids.max()) + 1)]
+        for row, q in enumerate(ids.tolist()):
+            strata[q].append(row)
         cotangents = tuple(c.detach() for c in cotangents)
         if self._recorder is not None:
             pulled = self._recorder.pull(logp, cotangents, strata)
@@ -201,7 +203,7 @@ class PCR:
             mine = self._totals[stream]
             for name, total in totals.items():
                 mine[name] = mine[name].add_(total) if name in mine else total
-        scatter = self._micro_scatter(streams, pulled, ids.cpu())
+        scatter = self._micro_scatter(streams, pulled, ids)
         self._scatter = scatter if self._scatter is None else pcr_core.merge(self._scatter, scatter)
 
     def _micro_scatter(self, streams: tuple[int, ...], pulled: Pulled, ids: Tensor) -> Scatter[Tensor]:
@@ -289,7 +291,7 @@ def _write(parameter: nn.Parameter, p: Tensor | None, s: Tensor | None, a: float
 
 
 def _check_batch(logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor, strata: Strata) -> Tensor:
-    """Stratum of each response, 0 to q - 1, on logp's device."""
+    """Stratum of each response, 0 to q - 1, on the CPU."""
     if not isinstance(logp, Tensor) or logp.ndim != 2:
         raise ValueError(f"logp: expected a tensor (responses, tokens), got {getattr(logp, 'shape', type(logp))}")
     if not logp.requires_grad:
@@ -320,7 +322,7 @@ def _check_batch(logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor
             "or more responses in a micro-batch (a larger one, or whole groups in each), or ask for strata='batch'"
         )
     positions: Tensor = index
-    return positions.to(logp.device)
+    return positions.cpu()
 
 
 def _refuse_distributed(model: nn.Module) -> None:

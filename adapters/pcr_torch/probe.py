@@ -2,16 +2,15 @@
 
 A probed layer computes its output with a detached weight and passes it through an identity that knows the layer's
 input. When the output's gradient arrives there, the weight's gradient and its per-response inner products are formed in
-one place: per stratum one matrix product C_q (their sum is the ordinary gradient), per response a Gram product of T x T
-matrices or the explicit (out, in) gradients, whichever is less work. Two passes over one graph give both streams; the
-first only keeps the output gradients, so that inner products between the streams can be taken in the second.
+one place (`products.py`). Two passes over one graph give both streams; the first only keeps the output gradients, so
+that each weight's gradient is formed once, in the second pass, and inner products between the streams can be taken.
 
+Linear layers outside the blocks are probed as well, to form the gradient of the summed stream once in place of twice.
 Activations are saved through autograd, so gradient checkpointing, autocast and saved-tensor hooks work as always.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any, Literal, cast
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pcr_torch.products import bias_products, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, total_dtype, wide_dtype
 
-_WORKSPACE = 1 << 25  # elements of per-response gradients held at once
 Layout = Literal["out_in", "in_out"]
+_WIDEST = 8  # outputs over inputs; a vocabulary's output gradient is not worth keeping between the passes
 
 
 def layout(module: nn.Module) -> Layout | None:
@@ -36,21 +36,21 @@ def layout(module: nn.Module) -> Layout | None:
 
 
 class Recorder:
-    """Installs probes on the layers that hold block parameters, and collects what they measure."""
+    """Installs probes on the model's linear layers, and collects what they measure on block parameters."""
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         self._parameters = parameters
         self._index = {name: k for k, name in enumerate(parameters)}
+        self._names = {id(p): name for name, p in parameters.items()}
         self._pass: Literal["off", "keep", "measure"] = "off"
-        self._strata: Sequence[Tensor] = ()
+        self._strata: Sequence[Sequence[int]] = ()
         self._kept: dict[str, Tensor] = {}
         self._seen: set[str] = set()
         self._modules: dict[str, nn.Module] = {}
-        self._names = {id(p): name for name, p in parameters.items()}
         covered: set[str] = set()
         for path, module in model.named_modules():
             mine = self._members(module)
-            if mine and layout(module) is not None:
+            if layout(module) is not None and (mine or _is_narrow(module)):
                 self._modules[path] = module
                 covered.update(self._names[id(p)] for p in mine)
         self.uncovered = tuple(name for name in parameters if name not in covered)
@@ -63,7 +63,7 @@ class Recorder:
         for module in self._modules.values():
             module.__dict__.pop("forward", None)
 
-    def pull(self, logp: Tensor, cotangents: Sequence[Tensor], strata: Sequence[Tensor]) -> Pulled:
+    def pull(self, logp: Tensor, cotangents: Sequence[Tensor], strata: Sequence[Sequence[int]]) -> Pulled:
         """Backward passes over logp's graph (freed at the end); other parameters' gradients go to their .grad."""
         pairs = PAIRS[len(cotangents)]
         dtype = wide_dtype(logp.device)
@@ -102,8 +102,12 @@ class Recorder:
     def _arrived(self, path: str, x: Tensor, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Called where the gradient of a layer's output arrives; the weight's and bias's gradient, if autograd's."""
         module = self._modules[path]
+        transposed = layout(module) == "in_out"
+        members = self._members(module)
         if self._pass == "off":
-            return _matrix_gradient(module, x, dy), dy.sum(dim=tuple(range(dy.ndim - 1)))
+            return matrix_gradient(x, dy, transposed=transposed), dy.sum(dim=tuple(range(dy.ndim - 1)))
+        if not members:
+            return self._outside(path, x, dy, transposed), None
         if path in self._seen:
             raise ValueError(f"{path} is used twice in one forward pass; use PCR(..., norms='loop')")
         self._seen.add(path)
@@ -118,33 +122,46 @@ class Recorder:
         else:
             outputs = (self._kept.pop(path), dy) if len(self._pulled.totals) == 2 else (dy,)
             with torch.no_grad():
-                self._measure(module, x, outputs)
+                self._measure(members, x, outputs, transposed)
         return None, None
 
-    def _measure(self, module: nn.Module, x: Tensor, dys: tuple[Tensor, ...]) -> None:
+    def _outside(self, path: str, x: Tensor, dy: Tensor, transposed: bool) -> Tensor | None:
+        """Gradient of the streams' sum, for a weight outside the blocks: in the second pass, with what the first kept.
+
+        Of a layer that is called several times the first call is treated so (both passes come to calls in one order),
+        the others in either pass as autograd would.
+        """
+        if self._pass == "keep" and path not in self._seen:
+            self._seen.add(path)
+            self._kept[path] = dy
+            return None
+        kept = self._kept.pop(path, None) if self._pass == "measure" else None
+        return matrix_gradient(x, dy if kept is None else dy + kept, transposed=transposed)
+
+    def _measure(self, members: list[nn.Parameter], x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> None:
         scaled = [_unit_scale(dy) for dy in dys]
         dys, scales = tuple(dy for dy, _ in scaled), [scale for _, scale in scaled]
-        for parameter in self._members(module):
+        factors = torch.stack([scales[a] * scales[b] for a, b in PAIRS[len(dys)]])[:, None]
+        for parameter in members:
             name = self._names[id(parameter)]
-            k = self._index[name]
-            is_bias = parameter.ndim == 1
-            for pair, (a, b) in enumerate(PAIRS[len(dys)]):
-                dots = _row_dot(dys[a].sum(1), dys[b].sum(1)) if is_bias else _response_dots(x, dys[a], dys[b])
-                self._pulled.response[pair, :, k] = dots * scales[a] * scales[b]
-            for q, rows in enumerate(self._strata):
-                sums = [
-                    dy[rows].sum(dim=(0, 1)) if is_bias else _matrix_gradient(module, x[rows], dy[rows]) for dy in dys
-                ]
-                for pair, (a, b) in enumerate(PAIRS[len(dys)]):
-                    self._pulled.stratum[pair, q, k] = _row_dot(sums[a], sums[b]).sum() * scales[a] * scales[b]
-                for total, part, scale in zip(self._pulled.totals, sums, scales, strict=True):
-                    wide = part.to(total_dtype(parameter))
-                    wide = wide * scale.to(wide.dtype)
-                    total[name] = total[name].add_(wide) if name in total else wide
+            products = (
+                bias_products(dys, self._strata)
+                if parameter.ndim == 1
+                else weight_products(x, dys, self._strata, transposed=transposed)
+            )
+            self._pulled.response[:, :, self._index[name]] = products.response * factors
+            self._pulled.stratum[:, :, self._index[name]] = products.stratum * factors
+            for total, part, scale in zip(self._pulled.totals, products.totals, scales, strict=True):
+                total[name] = part.to(total_dtype(parameter)).mul_(scale.to(total_dtype(parameter)))
 
     def _members(self, module: nn.Module) -> list[nn.Parameter]:
         """The module's own parameters that belong to blocks."""
         return [p for p in module.parameters(recurse=False) if id(p) in self._names]
+
+
+def _is_narrow(module: nn.Module) -> bool:
+    weight = cast(Tensor, module.weight)
+    return weight.requires_grad and max(weight.shape) <= _WIDEST * min(weight.shape)
 
 
 def _version(grad: Tensor | None) -> tuple[int, int] | None:
@@ -154,8 +171,8 @@ def _version(grad: Tensor | None) -> tuple[int, int] | None:
 def _probed_forward(recorder: Recorder, path: str) -> Any:
     def forward(module: Any, x: Tensor) -> Tensor:
         ours = {id(p) for p in recorder._members(module)}
-        weight = module.weight if id(module.weight) in ours else None
         bias = module.bias if id(module.bias) in ours else None
+        weight = module.weight if not ours or id(module.weight) in ours else None
         fixed_weight = module.weight if weight is None else weight.detach()
         fixed_bias = module.bias if bias is None else bias.detach()
         if layout(module) == "out_in":
@@ -198,34 +215,3 @@ def _unit_scale(t: Tensor) -> tuple[Tensor, Tensor]:
     exponent = torch.frexp(torch.where(usable, largest, torch.ones_like(largest)).float())[1]
     scale = torch.ldexp(torch.ones((), device=t.device), exponent)
     return (t / scale).to(t.dtype), scale.to(wide_dtype(t.device))
-
-
-def _matrix_gradient(module: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
-    rows, outputs = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return outputs.T @ rows if layout(module) == "out_in" else rows.T @ outputs
-
-
-def _row_dot(a: Tensor, b: Tensor) -> Any:
-    """Inner products over the last axis: float32 within a row, float64 from there on."""
-    if a.dtype in (torch.float16, torch.bfloat16):
-        a, b = a.float(), b.float()
-    if a is b:
-        return torch.linalg.vector_norm(a, dim=-1).to(wide_dtype(a.device)) ** 2
-    return (a * b).sum(dim=-1).to(wide_dtype(a.device))
-
-
-def _response_dots(x: Tensor, dy: Tensor, dz: Tensor) -> Tensor:
-    """(n,) inner products of each response's weight gradients dy_i^T x_i and dz_i^T x_i."""
-    n, length, features = x.shape
-    outputs = dy.shape[-1]
-    if length * (features + outputs) < features * outputs:
-        x, dy, dz = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (x, dy, dz))
-        gram = (x @ x.mT) * (dy @ dz.mT)
-        return gram.to(wide_dtype(x.device)).sum(dim=(1, 2))
-    chunk = max(1, _WORKSPACE // (features * outputs))
-    parts = []
-    for start, end in itertools.pairwise([*range(0, n, chunk), n]):
-        g = dy[start:end].mT @ x[start:end]
-        h = g if dz is dy else dz[start:end].mT @ x[start:end]
-        parts.append(_row_dot(g, h).sum(dim=1))
-    return torch.cat(parts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 PAIRS = {1: ((0, 0),), 2: ((0, 0), (1, 1), (0, 1))}
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18  # float64 copies of a chunk stay in cache
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def per_response(
     logp: Tensor,
     cotangents: Sequence[Tensor],
     parameters: dict[str, nn.Parameter],
-    strata: Sequence[Tensor],
+    strata: Sequence[Sequence[int]],
 ) -> Pulled:
     """One backward pass per response and stream; keeps the graph.
 
@@ -65,7 +65,7 @@ def per_response(
         logp: (n, T) with a graph.
         cotangents: one or two of shape (n, T).
         parameters: the block parameters by name.
-        strata: row indices of each stratum; together they are all rows.
+        strata: rows of each stratum; together they are all rows.
     """
     names, leaves = list(parameters), list(parameters.values())
     pairs = PAIRS[len(cotangents)]
@@ -75,7 +75,7 @@ def per_response(
     totals: tuple[dict[str, Tensor], ...] = tuple({} for _ in cotangents)
     for q, rows in enumerate(strata):
         sums: list[dict[int, Tensor]] = [{} for _ in cotangents]
-        for i in rows.tolist():
+        for i in rows:
             contributions = []
             for cotangent in cotangents:
                 only = torch.zeros_like(cotangent)

@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from pcr_torch import PCR, Report
-from pcr_torch.probe import _response_dots
+from pcr_torch.products import prefers_gram, weight_products
 from problems import ARCHITECTURES, Batch, batch, tiny_model
 from torch import Tensor, nn
 
@@ -119,14 +119,24 @@ def test_statistics_and_update_equal_the_dense_method(norms: str) -> None:
     assert (update - dense.update).norm() <= 1e-5 * dense.update.norm()
 
 
-@pytest.mark.parametrize(("length", "features", "outputs"), [(3, 40, 50), (64, 8, 6)], ids=["gram", "explicit"])
-def test_both_ways_to_response_products(length: int, features: int, outputs: int) -> None:
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+@pytest.mark.parametrize("length", [3, 64], ids=["gram", "explicit"])
+def test_both_ways_to_products(length: int, transposed: bool) -> None:
+    features, outputs = 40, 50
+    assert prefers_gram(length, features, outputs, 2) == (length == 3)
     generator = torch.Generator().manual_seed(0)
-    x, dy, dz = (torch.randn(4, length, k, generator=generator) for k in (features, outputs, outputs))
+    x, dy, dz = (torch.randn(5, length, k, generator=generator) for k in (features, outputs, outputs))
     g, h = (torch.einsum("nto,nti->noi", d.double(), x.double()) for d in (dy, dz))
-    for one, other, expected in ((dy, dy, (g * g).sum((1, 2))), (dy, dz, (g * h).sum((1, 2)))):
-        scale = (g * h).abs().sum((1, 2))
-        assert bool(((_response_dots(x, one, other) - expected).abs() <= 1e-5 * scale).all())
+    strata = [[0, 3], [1, 2, 4]]
+    got = weight_products(x, [dy, dz], strata, transposed=transposed)
+    for pair, (a, b) in enumerate(((g, g), (h, h), (g, h))):
+        scale = (a * b).abs().sum((1, 2))
+        assert bool(((got.response[pair] - (a * b).sum((1, 2))).abs() <= 1e-5 * scale).all())
+        for q, rows in enumerate(strata):
+            one, other = a[rows].sum(0), b[rows].sum(0)
+            assert abs(got.stratum[pair, q] - (one * other).sum()) <= 1e-5 * (one * other).abs().sum()
+    for total, expected in zip(got.totals, (g.sum(0), h.sum(0)), strict=True):
+        torch.testing.assert_close(total, (expected.T if transposed else expected).float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e15])
@@ -204,5 +214,7 @@ def test_a_weight_read_outside_its_layer_is_refused() -> None:
     method = PCR(model, blocks="lm_head", norms="fast")
     logp = model(data.tokens)[:, data.prompt - 1 : -1].log_softmax(-1)
     logp = logp.gather(-1, data.tokens[:, data.prompt :, None]).squeeze(-1)
-    with pytest.raises(ValueError, match=r"lm_head\.weight got a gradient that the fast path did not see.*outside its layer"):
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight got a gradient that the fast path did not see.*outside its layer"
+    ):
         method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
