@@ -113,7 +113,7 @@ def respond(
         inputs = tokenizer(
             list(prompts[start : start + batch]), return_tensors="pt", padding=True, padding_side="left"
         ).to(model.device)
-        ids = model.generate(
+        ids = model.generate(  # without gradients, by itself
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
         )
         out += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -46,6 +47,7 @@ class Outcome:
     metrics: Path
     before: Evaluation
     after: Evaluation
+    retention_task: str
     seconds: float
 
 
@@ -62,28 +64,19 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, console: Co
     task = load_task(
         settings.task, settings.task_options, seed=settings.seed, shots=settings.shots, style=settings.style
     )
-    with console.status("preparing the model"):
-        where = models.prepare(settings, task, folder / "start")
-        model, tokenizer = models.load(where, task.stop)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    problems = task.heldout(settings.heldout)
     other = _retention_task(settings)
-    before_file = folder / "before.json"
-    if not before_file.exists():
-        with console.status("measuring the model before training"):
-            known = _known(model, tokenizer, other, settings) if other else []
-            before = _measure(model, tokenizer, task, problems, (other, known) if other else None, settings)
-        known_at = [p.question for p in known]
-        before_file.write_text(json.dumps({**before.to_json(), "known": known_at}) + "\n", encoding="utf-8")
-    values = json.loads(before_file.read_text(encoding="utf-8"))
-    known_questions = set(values.pop("known"))
-    before = Evaluation(**values)
-    known = [p for p in other.heldout(RETENTION_POOL) if p.question in known_questions] if other else []
-
-    metrics = MetricsFile(folder / "metrics.jsonl")
+    problems = task.heldout(settings.heldout)
+    config = _config(settings, folder)
+    with console.status("preparing the model"):
+        if not resume:
+            shutil.rmtree(folder / "start", ignore_errors=True)
+        model, tokenizer = models.load(models.prepare(settings, task, folder / "start"), task.stop)
+        metrics = MetricsFile(folder / "metrics.jsonl")
+        trainer = _trainer(settings, config, model, tokenizer, task, problems, metrics, console)
+    settings.save(folder / "settings.json")
+    with console.status("measuring the model before training"):
+        before, known = _before(trainer.model, tokenizer, task, problems, other, settings, folder, resume)
     metrics.truncate(_step_of(checkpoint))
-    trainer = _trainer(settings, folder, model, tokenizer, task, problems, metrics, console)
     with _graceful_interrupt(trainer, console) as interrupt:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupt.asked and trainer.state.global_step < settings.steps:
@@ -93,7 +86,9 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, console: Co
         after = _measure(trainer.model, tokenizer, task, problems, (other, known) if other else None, settings)
     (folder / "after.json").write_text(json.dumps(after.to_json()) + "\n", encoding="utf-8")
     plot = plots.draw(read_metrics(metrics.path), folder / "plot.png", title=_title(settings))
-    return Outcome(folder, plot, metrics.path, before, after, time.perf_counter() - started)
+    return Outcome(
+        folder, plot, metrics.path, before, after, other.name if other else "", time.perf_counter() - started
+    )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -107,7 +102,7 @@ def _step_of(checkpoint: Path | None) -> int:
 
 
 def _claim(settings: Settings, folder: Path, resume: bool) -> Path | None:
-    """Checks that `folder` fits the request, writes settings.json, and finds the checkpoint to resume."""
+    """Checks that `folder` fits the request, and finds the checkpoint to resume."""
     file = folder / "settings.json"
     if resume:
         if not file.exists():
@@ -118,9 +113,7 @@ def _claim(settings: Settings, folder: Path, resume: bool) -> Path | None:
                 f"--resume: {', '.join('--' + name.replace('_', '-') for name in different)} differs from the run in "
                 f"{folder}; leave it out to continue that run, or start a new one with another --out"
             )
-        checkpoint = last_checkpoint(folder)
-        if checkpoint is None:
-            raise ValueError(f"--resume: {folder} holds no complete checkpoint; start the run again with another --out")
+        checkpoint = last_checkpoint(folder)  # none: it stopped before the first, so it starts again
         if settings.steps < _step_of(checkpoint):
             raise ValueError(f"--steps: {settings.steps} is less than the {_step_of(checkpoint)} steps already taken")
     else:
@@ -128,7 +121,6 @@ def _claim(settings: Settings, folder: Path, resume: bool) -> Path | None:
             raise ValueError(f"--out: {folder} already holds a run; continue it with --resume {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = None
-    settings.save(file)
     return checkpoint
 
 
@@ -141,13 +133,32 @@ def _retention_task(settings: Settings) -> Task | None:
     return load_task(name, seed=settings.seed, shots=settings.shots)
 
 
-def _known(model: Any, tokenizer: Any, task: Task, settings: Settings) -> list[Problem]:
-    """Problems of the retention task that the starting model solves greedily."""
-    pool = task.heldout(RETENTION_POOL)
+def _before(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    problems: list[Problem],
+    other: Task | None,
+    settings: Settings,
+    folder: Path,
+    resume: bool,
+) -> tuple[Evaluation, list[Problem]]:
+    """The starting model's measurements, and the problems of the other task that it solves; kept in before.json."""
+    file = folder / "before.json"
+    pool = other.heldout(RETENTION_POOL) if other else []
+    if resume and file.exists():
+        values = json.loads(file.read_text(encoding="utf-8"))
+        questions = set(values.pop("known"))
+        return Evaluation(**values), [p for p in pool if p.question in questions]
     model.eval()
-    with torch.no_grad():
+    known: list[Problem] = []
+    if other is not None:
         answers = respond(model, tokenizer, [p.prompt for p in pool], max_tokens=settings.max_tokens)
-    return [p for p, a in zip(pool, answers, strict=True) if task.score(p, a) >= 1]
+        known = [p for p, a in zip(pool, answers, strict=True) if other.score(p, a) >= 1]
+    before = _measure(model, tokenizer, task, problems, (other, known) if other else None, settings)
+    values = {**before.to_json(), "known": [p.question for p in known]}
+    file.write_text(json.dumps(values) + "\n", encoding="utf-8")
+    return before, known
 
 
 def _measure(
@@ -173,7 +184,7 @@ def _measure(
 
 def _trainer(
     settings: Settings,
-    folder: Path,
+    config: PCRConfig,
     model: Any,
     tokenizer: Any,
     task: Task,
@@ -190,7 +201,7 @@ def _trainer(
     trainer = PCRTrainer(
         model=model,
         reward_funcs=_reward(task, rows),
-        args=_config(settings, folder),
+        args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[log, ProgressCallback(console)],

@@ -113,7 +113,7 @@ class Settings:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smollm2": {},
+    "smollm2": {"shots": 2},  # as good as 4 on chain_sum, at half the cost
     "tiny": {"shots": 0, "learning_rate": 2e-4, "prompts": 8, "heldout": 64, "samples": 2},
 }
 """What a built-in model changes in the defaults of `Settings`."""

@@ -6,15 +6,16 @@ dropped, up to ": " at their beginning and from ". " at their end, so that chain
     4 - 1 = 3
     6 + 2 =
 
-and a small model knows what to do ("802, 316. Give only the GCD as your final answer." is "802, 316 ="). "full" keeps the whole text as "Question: ... / Answer:". The answer is the first
-line of the completion (up to an empty line where the data set's answers have several lines).
+and a small model knows what to do ("802, 316. Give only the GCD as your final answer." is "802, 316 ="). "full" keeps
+the whole text as "Question: ... / Answer:". The answer is the first line of the completion, or all up to an empty line
+where the data set's answers have several lines.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import itertools
-import os.path
 import random
 import sys
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
 
 _PATIENCE = 2000
 _CHUNK = 128  # some data sets make all items at once
-_SHOTS, _HELDOUT, _TRAIN, _CORPUS = range(4)
+_SHOTS, _HELDOUT, _TRAIN, _CORPUS = "shots3", "heldout", "train", "corpus"
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,11 @@ class Task:
         """Problems of the whole distribution, from which `tiny` learns to read the task."""
         return self._stream(_CORPUS)
 
-    def _stream(self, split: int) -> Iterator[Problem]:
+    def _stream(self, split: str) -> Iterator[Problem]:
         for entry in _entries(self.name, self.options, self.seed, split):
             yield self._problem(entry)
 
-    def _distinct(self, split: int, count: int, seen: set[str]) -> list[Problem]:
+    def _distinct(self, split: str, count: int, seen: set[str]) -> list[Problem]:
         problems: list[Problem] = []
         misses = 0
         for problem in self._stream(split):
@@ -151,10 +152,16 @@ def shared_words(questions: list[str]) -> tuple[str, str]:
     """What all questions begin with, up to the last ": ", and end with, from the first full stop; "" for none."""
     if len(set(questions)) < 2:
         return "", ""
-    start = os.path.commonprefix(questions)
+    start = _common_beginning(questions)
     start = start[: start.rfind(": ") + 2] if ": " in start else ""
-    end = os.path.commonprefix([q[::-1] for q in questions])[::-1]
+    end = _common_beginning([q[::-1] for q in questions])[::-1]
     return start, end[end.index(". ") :] if ". " in end else ""
+
+
+def _common_beginning(texts: list[str]) -> str:
+    first, last = min(texts), max(texts)
+    differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: next(differing, len(first))]
 
 
 def render(question: str, answer: str | None, style: str, shared: tuple[str, str]) -> str:
@@ -203,7 +210,7 @@ def _dataset(name: str, options: Mapping[str, Any], seed: int) -> Any:
     return _gym().create_dataset(name, seed=seed, size=_CHUNK, **options)
 
 
-def _entries(name: str, options: Mapping[str, Any], seed: int, split: int) -> Iterator[Mapping[str, Any]]:
+def _entries(name: str, options: Mapping[str, Any], seed: int, split: str) -> Iterator[Mapping[str, Any]]:
     # data sets draw item i from Random(seed + i), so neighbouring seeds share items: start far apart instead
     for chunk in itertools.count():
         dataset = _dataset(name, options, random.Random(f"{seed}/{split}/{chunk}").randrange(1 << 31))
@@ -214,7 +221,7 @@ def _entries(name: str, options: Mapping[str, Any], seed: int, split: int) -> It
 def _gym() -> Any:
     """reasoning_gym; with a stand-in for pycosat where that C extension could not be built."""
     try:
-        import pycosat  # noqa: F401
+        importlib.import_module("pycosat")
     except ImportError:
         sys.modules["pycosat"] = _NoPycosat("pycosat")
     try:

@@ -1,7 +1,7 @@
 """A Llama of 0.2 million parameters with a character tokenizer, taught a task badly, in seconds, without downloads.
 
-It learns by cross-entropy from worked examples of which part are wrong, so it answers right about as often as its
-teacher: a starting point that GRPO can sharpen, as with a real model.
+It learns by cross-entropy from worked examples of a teacher who often shrugs, and not for long. So it solves part of
+the problems and has a habit to lose: a starting point that GRPO can improve within few steps, as with a real model.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcr_torch.train.tasks import Problem, Task
+from pcr_torch.train.tasks import Task
 
 STEPS, BATCH, RATE = 300, 64, 5e-3
-RIGHT = 0.9
-"""How often the teacher's answer is the right one; else it is another problem's."""
+ANSWERED, SHRUG = 0.6, "?"
+"""How often the teacher gives the right answer; else it shrugs."""
 
 LONGEST = 512
 """Characters of a worked example; longer ones lose their beginning."""
@@ -35,7 +35,7 @@ def make_tiny(task: Task, folder: Path, *, seed: int, steps: int = STEPS) -> Non
         model = _new_model(tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-        examples = _noisy_examples(task, tokenizer, torch.Generator().manual_seed(seed))
+        examples = _examples(task, tokenizer, torch.Generator().manual_seed(seed))
         model.train()
         for _ in range(steps):
             ids, mask, labels = _collate(list(itertools.islice(examples, BATCH)), tokenizer.pad_token_id)
@@ -86,18 +86,12 @@ def _new_model(tokenizer: Any) -> Any:
     return LlamaForCausalLM(config).to(torch.float32)
 
 
-def _noisy_examples(task: Task, tokenizer: Any, generator: torch.Generator) -> Iterator[tuple[list[int], int]]:
+def _examples(task: Task, tokenizer: Any, generator: torch.Generator) -> Iterator[tuple[list[int], int]]:
     """Token ids of a worked example, and how many of them are the prompt."""
-    recent: list[Problem] = []
     for problem in task.corpus():
-        recent = [*recent[-31:], problem]
-        if len(recent) < 8:
-            continue
-        right = torch.rand((), generator=generator).item() < RIGHT
-        other = recent[int(torch.randint(len(recent), (), generator=generator))]
-        answer = (problem if right else other).answer
+        answered = torch.rand((), generator=generator).item() < ANSWERED
         prompt = tokenizer(problem.prompt)["input_ids"]
-        ids = prompt + tokenizer(f" {answer}{task.stop}")["input_ids"]
+        ids = prompt + tokenizer(f" {problem.answer if answered else SHRUG}{task.stop}")["input_ids"]
         cut = max(len(ids) - LONGEST, 0)
         yield ids[cut:], max(len(prompt) - cut, 0)
 

@@ -1,0 +1,234 @@
+"""The command pcr-train."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+# two cores shared with other programs: threads that spin while they wait cost more than they save
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as missing:
+    raise SystemExit(
+        f"pcr-train needs typer and rich ({missing}); install with: pip install 'pcr-grpo[demo]'"
+    ) from None
+
+from pcr_core import RULES
+from pcr_torch.train.settings import Settings, make_settings
+
+HELP = """
+Train a language model with GRPO and a conflict rule on a verifiable task.
+
+Every step samples responses, scores them with the task's verifier, and combines the reward gradient and the KL gradient
+block by block with the chosen rule. At the end the model is compared with its starting point on held-out problems, on
+problems it solved before, and on a fixed text.
+
+Examples:
+
+  pcr-train                                                      SmolLM2-135M on one-digit sums: the demo, some minutes
+
+  pcr-train --model tiny                                         the same in seconds, nothing to download
+
+  pcr-train --model tiny --rule grpo --seed 1                    plain GRPO, for comparison
+
+  pcr-train --task gcd --task-option max_value=20 --steps 50     any reasoning-gym data set, with its options
+
+  pcr-train --model Qwen/Qwen2.5-0.5B --alpha snr --beta 0.02    a model from the hub, another alpha
+
+  pcr-train --resume runs/smollm2-chain_sum-pcr-s0 --steps 24    go on, bit for bit, from the last checkpoint
+
+Ctrl-C finishes the current step, saves, and prints how to resume; a second one stops at once.
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+def run(
+    model: Annotated[str | None, typer.Option(help="smollm2, tiny, a local folder, or a hub id. [smollm2]")] = None,
+    task: Annotated[str | None, typer.Option(help="A reasoning-gym data set; see --list-tasks. [chain_sum]")] = None,
+    task_option: Annotated[
+        list[str] | None, typer.Option(help="An option of the data set as name=value; may be repeated.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Worked examples in every prompt. [4; smollm2 2; tiny 0]")] = None,
+    style: Annotated[
+        str | None, typer.Option(help="Prompts: compact (shared words dropped), full, or auto. [auto]")
+    ] = None,
+    rule: Annotated[str | None, typer.Option(help=f"{', '.join(RULES)}. [pcr]")] = None,
+    alpha: Annotated[
+        str | None, typer.Option(help="How much of the conflict to remove: variance, snr, or 0 to 1. [variance]")
+    ] = None,
+    max_boost: Annotated[float | None, typer.Option(help="Cap on the extra KL weight of a block. [10]")] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="Prior of both gradients: flat, shrinkage, temporal. [flat]")
+    ] = None,
+    discount: Annotated[float | None, typer.Option(help="Forgetting of the temporal prior. [0.9]")] = None,
+    update: Annotated[str | None, typer.Option(help="anchored (adds the KL gradient) or literal. [anchored]")] = None,
+    gate: Annotated[str | None, typer.Option(help="sign or probability of a conflict. [sign]")] = None,
+    conflict: Annotated[str | None, typer.Option(help="raw, or debiased of the shared noise. [raw]")] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Parameters under the rule: mlp, all, or a regular expression. [mlp]")
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="One block per tensor, module, layer, or global. [tensor]")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="KL coefficient, > 0.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of Adam, constant.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps in all. [12]")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Problems a step. [4; tiny 8]")] = None,
+    generations: Annotated[int | None, typer.Option(help="Responses to each problem. [8]")] = None,
+    micro_prompts: Annotated[
+        int | None, typer.Option(help="Problems a forward pass; less needs less memory. [all of a step]")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest response, in tokens. [8]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the sampled responses. [1]")] = None,
+    heldout: Annotated[int | None, typer.Option(help="Held-out problems, measured before and after. [64]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Sampled responses to each of them.")] = None,
+    retention_task: Annotated[
+        str | None, typer.Option(help="Second data set, to see what is forgotten; none for none. [products]")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; the last is saved. [50]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of problems, sampling and the tiny model. [0]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results. [runs/MODEL-TASK-RULE-sSEED]")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder, with its settings; --steps may be raised.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [all cores; tiny 1]")] = None,
+    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print the names of all tasks and stop.")] = False,
+) -> None:
+    given = {
+        "task": task,
+        "shots": shots,
+        "style": style,
+        "rule": rule,
+        "alpha": alpha,
+        "max_boost": max_boost,
+        "prior": prior,
+        "discount": discount,
+        "update": update,
+        "gate": gate,
+        "conflict": conflict,
+        "blocks": blocks,
+        "granularity": granularity,
+        "beta": beta,
+        "learning_rate": learning_rate,
+        "steps": steps,
+        "prompts": prompts,
+        "generations": generations,
+        "micro_prompts": micro_prompts,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "heldout": heldout,
+        "samples": samples,
+        "retention_task": retention_task,
+        "save_every": save_every,
+        "seed": seed,
+        "task_options": parse_options(task_option) if task_option else None,
+    }
+    console = Console()
+    _quiet()
+    from pcr_torch.train import tasks
+
+    if list_tasks:
+        console.print("\n".join(tasks.task_names()), highlight=False)
+        return
+    if resume is not None and out is not None:
+        raise ValueError("--resume and --out: a resumed run stays in its folder; give only one of them")
+    settings = _resumed(resume, model, given) if resume is not None else make_settings(model or "smollm2", **given)
+    folder = resume or out or Path("runs") / _name(settings)
+    _go(settings, folder, resume is not None, threads, console)
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """["max_terms=2", "operators=[1, 2]"] as a dictionary; values are read as JSON where they are, else as text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name:
+            raise ValueError(f"--task-option: expected name=value, such as max_terms=2, got {pair!r}")
+        try:
+            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def _resumed(folder: Path, model: str | None, given: dict[str, Any]) -> Settings:
+    """The run's own settings, overlaid with what was given now; `run.train` judges the differences."""
+    file = folder / "settings.json"
+    if not file.exists():
+        raise ValueError(f"--resume: {folder} holds no settings.json, so no run of pcr-train was started there")
+    saved = Settings.load(file)
+    changed = {name: value for name, value in {"model": model, **given}.items() if value is not None}
+    return Settings(**{**saved.__dict__, **changed})
+
+
+def _go(settings: Settings, folder: Path, resume: bool, threads: int | None, console: Console) -> None:
+    import torch
+
+    if threads or settings.model == "tiny":  # tiny: the cost of sharing its work is more than the work
+        torch.set_num_threads(threads or 1)
+    from pcr_torch.train import report
+    from pcr_torch.train.run import Interrupted, train
+
+    again = f"pcr-train --resume {folder}"
+    try:
+        outcome = train(settings, folder, resume=resume, console=console)
+    except Interrupted as stopped:
+        console.print(f"Stopped after step {stopped.step}; saved. Continue with:\n  {again}", highlight=False)
+        raise typer.Exit(130) from None
+    console.print(report.table(outcome, settings))
+    console.print(f"{outcome.seconds:.0f} s in all; peak memory {report.peak_memory():.1f} GB", highlight=False)
+    for label, path in (("plot", outcome.plot), ("metrics", outcome.metrics)):
+        console.print(f"{label:8}{path}", highlight=False, soft_wrap=True)
+    console.print(f"{'go on':8}{again} --steps {settings.steps * 2}", highlight=False, soft_wrap=True)
+
+
+def _name(settings: Settings) -> str:
+    model = Path(settings.model.rstrip("/")).name or "model"
+    return f"{model}-{settings.task}-{settings.rule}-s{settings.seed}"
+
+
+def _quiet() -> None:
+    """Leaves the terminal to the progress bar."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line, without a traceback."""
+    try:
+        code = app(prog_name="pcr-train", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("\npcr-train: stopped; nothing was saved since the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, ImportError) as error:
+        if os.environ.get("PCR_TRACEBACK"):
+            raise
+        print(f"pcr-train: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+            error.show()
+            sys.exit(getattr(error, "exit_code", 2))
+        raise
+
+
+if __name__ == "__main__":
+    main()

