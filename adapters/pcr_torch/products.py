@@ -23,7 +23,7 @@ _GRAM_COST = 16  # multiply-adds that a pass over one explicit element is worth;
 
 @dataclass(frozen=True)
 class Products:
-    """Of one parameter: per stream its gradient, and inner products (pairs, n) of responses and (pairs, q) of strata."""
+    """Of one parameter: its gradient per stream, and inner products (pairs, n) of responses, (pairs, q) of strata."""
 
     totals: list[Tensor]
     response: Tensor
