@@ -91,7 +91,8 @@ def test_vmap_over_problems() -> None:
     p, s = _streams(-1.0)
     ids = jax.numpy.asarray([0, 0, 1, 1])
     stacked_p, stacked_s = (jax.numpy.stack([x, -2 * x]) for x in (p, s))
-    got = jax.vmap(lambda a, b: pcr.resolve(a, b, group_ids=ids).update)(stacked_p, stacked_s)
+    one = jax.jit(lambda a, b: pcr.resolve(a, b, group_ids=ids).update)
+    got = jax.jit(jax.vmap(one))(stacked_p, stacked_s)
     for i in range(2):
-        expected = pcr.resolve(stacked_p[i], stacked_s[i], group_ids=ids).update
+        expected = one(stacked_p[i], stacked_s[i])
         np.testing.assert_allclose(got[i], expected, rtol=2e-5)
