@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SEED ?= 0
 STEPS ?= 12
 JOBS ?= 2
+OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PINS := pyproject.toml .ci/constraints.txt .ci/without-dependencies.txt
 
 .DEFAULT_GOAL := help
@@ -15,7 +16,7 @@ help: ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo ## train SmolLM2-135M with GRPO + PCR on a reasoning task (about 5 minutes on 2 cores)
-	$(BIN)/pcr-train --model smollm2 --task chain_sum --rule pcr --steps $(STEPS) --seed $(SEED) --output runs/demo-seed$(SEED)
+	$(BIN)/pcr-train --model smollm2 --task chain_sum --rule pcr --steps $(STEPS) --seed $(SEED) --out $(OUT)
 
 test: lint lowest unit ## everything that CI runs: format, lint, types, doctests, tests
 
