@@ -84,7 +84,7 @@ def group_advantages(
         unscaled: ArrayT = xp.astype(centred, out)
         return unscaled
     if scale == "group":
-        if not is_traced(group_ids) and bool(xp.any(count < 2)):
+        if not is_traced(count) and bool(xp.any(count < 2)):
             raise ValueError("group_ids: a group of one response has no standard deviation; use scale='none'")
         variance = xp.sum(member * (centred**2)[None, :], axis=1) / (m - 1)
     else:

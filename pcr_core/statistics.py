@@ -6,6 +6,7 @@ of the total is estimated from their scatter within groups (strata). Everything 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -109,13 +110,17 @@ def stratified_covariance(response_dot: ArrayT, stratum_dot: ArrayT, stratum_ids
     index = xp.arange(s.shape[0], dtype=ids.dtype, device=device_of(ids))
     member = xp.astype(ids[None, :] == index[:, None], wide)  # (q, n)
     m = xp.sum(member, axis=1)
-    if not is_traced(ids):
-        if bool(xp.any(m == 1)):
+    alone = m == 1
+    known = xp.all((ids >= 0) & (ids < s.shape[0]))
+    if not is_traced(m):  # ids of a closure are concrete under jax.jit, what is computed from them is not
+        if bool(xp.any(alone)):
             raise ValueError(_SINGLETON.format(name="stratum_ids"))
-        if not bool(xp.all((ids >= 0) & (ids < s.shape[0]))):
+        if not bool(known):
             raise ValueError(f"stratum_ids: expected integers in [0, {s.shape[0]}), one row of stratum_dot each")
-    used = m > 0
+    used = (m > 0) | ~known
     m = xp.where(used, m, 2 * xp.ones_like(m))
+    # 1/(1 - 1) times a rounding error is an infinity of either sign, and the clamp would take one for a small variance
+    m = xp.where(alone | ~known, xp.full_like(m, math.nan), m)
     if r.ndim == 2:
         member, m, used = member[:, :, None], m[:, None], used[:, None]
     within = xp.sum(member * r[None, ...], axis=1)
@@ -236,7 +241,7 @@ def _centred(xp: Any, c: Any, ids: Any, strata: Strata, name: str) -> tuple[Any,
             raise ValueError(f"{name}: one response tells nothing of the variance; use more")
         bessel = n / (n - 1)
         return c - xp.mean(c, axis=0)[None, :], xp.sum(c * 0, axis=1) + bessel
-    if not is_traced(ids) and bool(xp.any(count < 2)):
+    if not is_traced(count) and bool(xp.any(count < 2)):
         raise ValueError(_SINGLETON.format(name=name))
     m = xp.astype(count, c.dtype)
     member = xp.astype(same, c.dtype) / m[:, None]
