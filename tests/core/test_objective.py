@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pcr_conformance import laws, oracle_objective
 from pcr_conformance.adapter import Adapter
-from pcr_conformance.cases import ObjectiveCase
 from pcr_conformance.libraries import library, missing
 from pcr_conformance.strategies import group_ids, objective_cases
 
@@ -20,9 +19,12 @@ NUMPY = library("numpy")
 NORMALIZATIONS = ("grpo", "dapo", "bnpo", "dr_grpo")
 
 
-@settings(max_examples=60)
-@given(case=objective_cases(), dtype=st.sampled_from(["float64", "float32", "float16"]))
-def test_against_differences_in_50_digits(case: ObjectiveCase, dtype: str) -> None:
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@settings(max_examples=15)
+@given(data=st.data(), dtype=st.sampled_from(["float64", "float32", "float16"]))
+def test_against_differences_in_50_digits(normalization: str, importance: str, data: st.DataObject, dtype: str) -> None:
+    case = data.draw(objective_cases(normalization=normalization, importance=importance))
     laws.objective_is_exact(NUMPY, case, dtype)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import pcr_core as pcr
 
-DRAWS = 4000
+DRAWS = 2000
 
 
 def _draws(groups: int, size: int, d: int, spread: float, seed: int = 0):  # type: ignore[no-untyped-def]
@@ -114,6 +114,30 @@ def test_float32_sums_are_accurate(library: str) -> None:
     scale = np.linalg.norm(big_p) * np.linalg.norm(big_s)
     assert abs(float(stats.dot[0]) - float(big_p @ big_s)) < 1e-12 * scale
     assert float(stats.plasticity_sq[0]) == pytest.approx(float(big_p @ big_p), rel=1e-12)
+
+
+def test_bad_strata_under_jit_are_nan() -> None:
+    """A response alone in its stratum, whose norms differ by rounding either way, or an id without a stratum."""
+    jax = pytest.importorskip("jax")
+    run = jax.jit(pcr.stratified_variance)
+    for off in (0.9, 1.0, 1.1):
+        sq, total = jax.numpy.asarray([1.0, 1.0, off]), jax.numpy.asarray([2.0, 1.0])
+        assert np.isnan(run(sq, total, jax.numpy.asarray([0, 0, 1])))
+    sq, total = jax.numpy.asarray([1.0, 4.0, 1.0]), jax.numpy.asarray([2.0, 0.0])
+    assert np.isnan(run(sq, total, jax.numpy.asarray([0, 0, 2])))
+    assert np.isnan(run(sq, total, jax.numpy.asarray([5, 5, 5])))
+    assert np.isfinite(run(sq, total, jax.numpy.asarray([0, 0, 0])))
+
+
+def test_constant_ids_under_jit() -> None:
+    """Ids from a closure are concrete, but what is computed from them inside a traced function is not."""
+    jax = pytest.importorskip("jax")
+    ids, x = jax.numpy.asarray([0, 0, 1, 1]), jax.numpy.asarray([[1.0], [2.0], [3.0], [5.0]])
+    assert jax.jit(lambda c: pcr.contribution_statistics(c, c, group_ids=ids).plasticity_var)(x)[0] == 5
+    assert jax.jit(lambda r: pcr.group_advantages(r, ids, scale="none"))(x[:, 0])[0] == -0.5
+    assert jax.numpy.isfinite(jax.jit(lambda r: pcr.group_advantages(r, ids))(x[:, 0])).all()
+    v = jax.jit(lambda r: pcr.stratified_variance(r, jax.numpy.asarray([9.0, 64.0]), ids))
+    assert v(x[:, 0] ** 2) == 2 * (5 - 4.5) + 2 * (34 - 32)
 
 
 def test_a_group_of_one_under_jit_is_nan() -> None:
