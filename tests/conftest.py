@@ -12,5 +12,5 @@ from hypothesis import HealthCheck, settings
 _ALWAYS = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 settings.register_profile("local", max_examples=10, **_ALWAYS)
 settings.register_profile("ci", max_examples=10, derandomize=True, **_ALWAYS)
-settings.register_profile("long", max_examples=1000, **_ALWAYS)
+settings.register_profile("long", max_examples=300, **_ALWAYS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))

@@ -198,12 +198,10 @@ def test_objective_is_exact(eager: Adapter, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", _slow(("torch", "jax", "jax-x32"), ("torch", "jax")))
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-@settings(max_examples=6)
 @given(data=st.data())
-def test_cotangents_equal_autodiff(name: str, importance: str, data: st.DataObject) -> None:
+def test_cotangents_equal_autodiff(name: str, data: st.DataObject) -> None:
     adapter = _named(name)
-    case = data.draw(objective_cases(importance=importance))
+    case = data.draw(objective_cases(shapes=((4, 3),)))
     laws.cotangents_equal_autodiff(adapter, case, adapter.dtypes[0])
 
 
