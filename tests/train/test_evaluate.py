@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pcr_torch.train.evaluate import RETENTION_TEXT, bootstrap, evaluate, exact_binomial, respond, text_nll
+from pcr_torch.train.evaluate import RETENTION_TEXT, Exam, bootstrap, exact_binomial, respond, text_nll
 from pcr_torch.train.models import load
 from pcr_torch.train.tasks import load_task
 
@@ -38,8 +38,8 @@ def test_evaluation_leaves_mode_and_random_state(tiny_folder: Path):
     model, tokenizer = load(str(tiny_folder), task.stop)
     model.train()
     state = torch.random.get_rng_state()
-    options = {"samples": 2, "temperature": 1.0, "max_tokens": 5, "seed": 0}
-    first, second = (evaluate(model, tokenizer, task, task.heldout(8), None, **options) for _ in range(2))
+    exam = Exam(task, task.heldout(8), None, [], samples=2, temperature=1.0, max_tokens=(5, 5), seed=0)
+    first, second = (exam.measure(model, tokenizer, []) for _ in range(2))
     assert model.training
     assert torch.equal(state, torch.random.get_rng_state())
     assert first == second

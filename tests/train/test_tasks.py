@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from pcr_torch.train.tasks import load_task, render, shared_words
+from pcr_torch.train.tiny import character_tokenizer
 
 
 def test_compact_prompt_is_worked_examples_and_an_open_question():
@@ -96,6 +97,11 @@ def test_words_shared_by_all_questions(questions: list[str], shared: tuple[str, 
 
 def test_a_question_without_equals_sign_gets_one():
     assert render("GCD: 4, 6. Only it.", "2", "compact", ("GCD: ", ". Only it.")) == "4, 6 = 2\n"
+
+
+def test_longest_answer_counts_its_end():
+    longest = load_task("chain_sum", shots=0).longest_answer(character_tokenizer())
+    assert longest == len(" -9\n") == len(" 18\n")
 
 
 def test_unknown_task_names_near_ones():

@@ -88,7 +88,7 @@ def run(
     micro_prompts: Annotated[
         int | None, typer.Option(help="Problems a forward pass; less needs less memory. [all of a step]")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest response, in tokens. [8]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest response, in tokens. [what the answers need]")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the sampled responses. [1]")] = None,
     heldout: Annotated[int | None, typer.Option(help="Held-out problems, measured before and after. [64]")] = None,
     samples: Annotated[int | None, typer.Option(help="Sampled responses to each of them.")] = None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measurements of one model; `solved` are the positions of the problems answered right, greedily.
+    """Measurements of one model.
 
     Attributes:
         reward: mean reward on held-out problems at the training temperature, one number a problem.
@@ -56,41 +57,69 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    problems: Sequence[Problem],
-    retention: tuple[Task, Sequence[Problem]] | None,
-    *,
-    samples: int,
-    temperature: float,
-    max_tokens: int,
-    seed: int,
-) -> Evaluation:
-    """All measurements of `model`; leaves its mode and the random state as they were."""
+@dataclass(frozen=True)
+class Exam:
+    """What a model is measured on; the same before and after training.
+
+    Attributes:
+        task: the task that is trained, with held-out `problems`, and `samples` responses to each at `temperature`.
+        other: a second task with a `pool` of problems; those that the model solves before are its retention set.
+        max_tokens: longest response on each of the two tasks.
+    """
+
+    task: Task
+    problems: Sequence[Problem]
+    other: Task | None
+    pool: Sequence[Problem]
+    samples: int
+    temperature: float
+    max_tokens: tuple[int, int]
+    seed: int
+
+    def known(self, model: Any, tokenizer: Any) -> list[Problem]:
+        """Problems of the other task that `model` solves greedily."""
+        if self.other is None:
+            return []
+        with _measuring(model, self.seed):
+            solved = self._solved(model, tokenizer, self.other, self.pool, self.max_tokens[1])
+        return [problem for problem, right in zip(self.pool, solved, strict=True) if right]
+
+    def measure(self, model: Any, tokenizer: Any, known: Sequence[Problem]) -> Evaluation:
+        """All measurements of `model`; `known` is the retention set."""
+        prompts = [p.prompt for p in self.problems for _ in range(self.samples)]
+        with _measuring(model, self.seed):
+            drawn = respond(model, tokenizer, prompts, max_tokens=self.max_tokens[0], temperature=self.temperature)
+            scores = [
+                self.task.score(p, drawn[i * self.samples + j])
+                for i, p in enumerate(self.problems)
+                for j in range(self.samples)
+            ]
+            return Evaluation(
+                reward=np.asarray(scores).reshape(len(self.problems), self.samples).mean(1).tolist(),
+                heldout=self._solved(model, tokenizer, self.task, self.problems, self.max_tokens[0]),
+                retention=self._solved(model, tokenizer, self.other, known, self.max_tokens[1]),
+                text=text_nll(model, tokenizer, RETENTION_TEXT),
+            )
+
+    def _solved(
+        self, model: Any, tokenizer: Any, task: Task | None, problems: Sequence[Problem], limit: int
+    ) -> list[bool]:
+        if task is None:
+            return []
+        answers = respond(model, tokenizer, [p.prompt for p in problems], max_tokens=limit)
+        return [task.score(p, a) >= 1 for p, a in zip(problems, answers, strict=True)]
+
+
+@contextmanager
+def _measuring(model: Any, seed: int) -> Iterator[None]:
+    """Evaluation mode, no gradients, a random state of its own; mode and random state come back."""
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            options = {"max_tokens": max_tokens}
-            greedy = respond(model, tokenizer, [p.prompt for p in problems], **options)
-            prompts = [p.prompt for p in problems for _ in range(samples)]
-            drawn = respond(model, tokenizer, prompts, temperature=temperature, **options)
-            scores = [task.score(p, drawn[i * samples + j]) for i, p in enumerate(problems) for j in range(samples)]
-            other: list[bool] = []
-            if retention is not None:
-                easy, known = retention
-                answers = respond(model, tokenizer, [p.prompt for p in known], **options)
-                other = [easy.score(p, a) >= 1 for p, a in zip(known, answers, strict=True)]
-            return Evaluation(
-                reward=np.asarray(scores).reshape(len(problems), samples).mean(1).tolist(),
-                heldout=[task.score(p, a) >= 1 for p, a in zip(problems, greedy, strict=True)],
-                retention=other,
-                text=text_nll(model, tokenizer, RETENTION_TEXT),
-            )
+            yield
     finally:
         model.train(was_training)
 
@@ -113,7 +142,7 @@ def respond(
         inputs = tokenizer(
             list(prompts[start : start + batch]), return_tensors="pt", padding=True, padding_side="left"
         ).to(model.device)
-        ids = model.generate(  # without gradients, by itself
+        ids = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
         )
         out += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -149,7 +178,7 @@ def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 4000) -
     return Interval(float(x.mean()), float(low), float(high))
 
 
-def _crossing(increasing: Any) -> float:
+def _crossing(increasing: Callable[[float], float]) -> float:
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -11,7 +11,7 @@ import numpy as np
 
 INK, QUIET = "#1f2933", "#9aa5b1"
 COLOURS = ("#2563a8", "#c2571a", "#2f8f5b", "#8a4fa3", "#b8356b", "#6b7280")
-HEATMAP_AT_LEAST = 0.02
+HEATMAP_AT_LEAST, KL_AT_LEAST = 0.02, 1e-7
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
@@ -34,8 +34,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
     axes = figure.subplots(2, 3)
     steps = [row["step"] for row in rows]
     _reward(axes[0, 0], steps, rows)
-    _line(axes[0, 1], steps, _column(rows, "kl"), COLOURS[1])
-    _label(axes[0, 1], "KL to the starting model", "nats a token")
+    _kl(axes[0, 1], steps, _column(rows, "kl"))
     _norms(axes[0, 2], steps, rows)
     if any("blocks" in row for row in rows):
         _heatmap(figure, axes[1, 0], [row for row in rows if "blocks" in row])
@@ -135,8 +134,14 @@ def _families(axis: Any, rows: Sequence[dict[str, Any]], key: str, title: str, u
     _label(axis, title, unit)
 
 
-def _line(axis: Any, steps: list[int], values: np.ndarray[Any, Any], colour: str) -> None:
-    axis.plot(steps, values, color=colour, linewidth=2)
+def _kl(axis: Any, steps: list[int], values: np.ndarray[Any, Any]) -> None:
+    """On a log scale: a single unlikely token can raise a step's estimate a hundred times."""
+    positive = np.where(values > KL_AT_LEAST, values, np.nan)
+    if np.isfinite(positive).any():
+        axis.plot(steps, positive, color=COLOURS[1], linewidth=2, marker="o", markersize=3)
+        axis.set_yscale("log")
+        axis.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
+    _label(axis, "KL to the starting model", "nats a token (log)")
 
 
 def _label(axis: Any, title: str, unit: str, grid: bool = True) -> None:

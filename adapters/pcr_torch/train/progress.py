@@ -74,18 +74,17 @@ def block_rows(report: Report) -> dict[str, list[Any]]:
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     """Writes every logged step, with the blocks of the trainer's last report."""
 
-    def __init__(self, file: MetricsFile) -> None:
+    def __init__(self, file: MetricsFile, trainer: Any) -> None:
         self.file = file
-        self.trainer: Any = None
+        self.trainer = trainer
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "reward" not in logs:
             return
         row = {"step": state.global_step, **{k: v for k, v in logs.items() if k in SHOWN or k.startswith("pcr/")}}
         row["seconds"] = logs.get("step_time")
-        report = self.trainer.last_report if self.trainer is not None else None
-        if report is not None:
-            row["blocks"] = block_rows(report)
+        if self.trainer.last_report is not None:
+            row["blocks"] = block_rows(self.trainer.last_report)
         self.file.write(row)
 
 

@@ -33,7 +33,7 @@ class Settings:
         prompts: problems a step.
         generations: responses to each problem.
         micro_prompts: problems a forward pass; None takes all. Less needs less memory.
-        max_tokens: longest response.
+        max_tokens: longest response; None takes what the task's answers need, and two more.
         temperature: of the sampled responses.
         heldout: held-out problems, measured before and after.
         samples: responses to each held-out problem.
@@ -63,7 +63,7 @@ class Settings:
     prompts: int = 4
     generations: int = 8
     micro_prompts: int | None = None
-    max_tokens: int = 8
+    max_tokens: int | None = None
     temperature: float = 1.0
     heldout: int = 64
     samples: int = 4
@@ -82,7 +82,7 @@ class Settings:
         if self.generations < 2:
             raise ValueError(f"--generations: expected at least 2 (advantages compare them), got {self.generations}")
         for name in ("steps", "prompts", "max_tokens", "heldout", "samples", "save_every"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
         if self.shots < 0:
             raise ValueError(f"--shots: expected 0 or more, got {self.shots}")
@@ -114,7 +114,7 @@ class Settings:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smollm2": {"shots": 2},  # as good as 4 on chain_sum, at half the cost
-    "tiny": {"shots": 0, "learning_rate": 2e-4, "prompts": 8, "heldout": 64, "samples": 2},
+    "tiny": {"shots": 0, "learning_rate": 3e-4, "prompts": 8, "heldout": 64, "samples": 2},
 }
 """What a built-in model changes in the defaults of `Settings`."""
 

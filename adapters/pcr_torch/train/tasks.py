@@ -18,7 +18,7 @@ import importlib
 import itertools
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,7 @@ DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
 """Options that suit a very small model; what the user gives goes on top."""
 
 _PATIENCE = 2000
+_SAMPLE = 24
 _CHUNK = 128  # some data sets make all items at once
 _SHOTS, _HELDOUT, _TRAIN, _CORPUS = "shots3", "heldout", "train", "corpus"
 
@@ -72,7 +73,7 @@ class Task:
         """`count` problems with different questions, none of which `training` yields when given them."""
         return self._distinct(_HELDOUT, count, set(self._shot_questions))
 
-    def training(self, exclude: list[Problem]) -> Iterator[Problem]:
+    def training(self, exclude: Sequence[Problem]) -> Iterator[Problem]:
         """Problems to train on, without end; the same sequence for the same seed."""
         banned = {problem.question for problem in exclude} | self._shot_questions
         misses = 0
@@ -84,6 +85,11 @@ class Task:
                 )
             if not misses:
                 yield problem
+
+    def longest_answer(self, tokenizer: Any) -> int:
+        """Tokens of the longest reference answer and its end, among the first few problems of the corpus."""
+        answers = [f" {problem.answer}{self.stop}" for problem in itertools.islice(self.corpus(), _SAMPLE)]
+        return max(len(ids) for ids in tokenizer(answers)["input_ids"])
 
     def corpus(self) -> Iterator[Problem]:
         """Problems of the whole distribution, from which `tiny` learns to read the task."""
@@ -129,7 +135,7 @@ def load_task(
     chosen = {**DEFAULT_OPTIONS.get(name, {}), **(options or {})}
     _check(name, chosen)
     entries = _entries(name, chosen, 0, _SHOTS)  # seed 0: the examples belong to the task, not to the run
-    sample = [next(entries) for _ in range(24)]
+    sample = [next(entries) for _ in range(_SAMPLE)]
     shared = shared_words([str(e["question"]) for e in sample])
     several_lines = any("\n" in str(e["answer"]) for e in sample)
     one_line = not several_lines and all("\n" not in str(e["question"]) for e in sample)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pcr_torch.train.tasks import Task
 
-STEPS, BATCH, RATE = 300, 64, 5e-3
-ANSWERED, SHRUG = 0.6, "?"
+STEPS, BATCH, RATE = 400, 64, 5e-3
+ANSWERED, SHRUG = 0.7, "?"
 """How often the teacher gives the right answer; else it shrugs."""
 
 LONGEST = 512
@@ -35,10 +35,10 @@ def make_tiny(task: Task, folder: Path, *, seed: int, steps: int = STEPS) -> Non
         model = _new_model(tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-        examples = _examples(task, tokenizer, torch.Generator().manual_seed(seed))
+        batches = _batches(task, tokenizer, torch.Generator().manual_seed(seed))
         model.train()
-        for _ in range(steps):
-            ids, mask, labels = _collate(list(itertools.islice(examples, BATCH)), tokenizer.pad_token_id)
+        for batch in itertools.islice(batches, steps):
+            ids, mask, labels = _collate(batch, tokenizer.pad_token_id)
             optimizer.zero_grad(set_to_none=True)
             model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -86,14 +86,19 @@ def _new_model(tokenizer: Any) -> Any:
     return LlamaForCausalLM(config).to(torch.float32)
 
 
-def _examples(task: Task, tokenizer: Any, generator: torch.Generator) -> Iterator[tuple[list[int], int]]:
-    """Token ids of a worked example, and how many of them are the prompt."""
-    for problem in task.corpus():
-        answered = torch.rand((), generator=generator).item() < ANSWERED
-        prompt = tokenizer(problem.prompt)["input_ids"]
-        ids = prompt + tokenizer(f" {problem.answer if answered else SHRUG}{task.stop}")["input_ids"]
-        cut = max(len(ids) - LONGEST, 0)
-        yield ids[cut:], max(len(prompt) - cut, 0)
+def _batches(task: Task, tokenizer: Any, generator: torch.Generator) -> Iterator[list[tuple[list[int], int]]]:
+    """Token ids of worked examples, and how many of them are the prompt."""
+    problems = task.corpus()
+    while True:
+        batch = list(itertools.islice(problems, BATCH))
+        answered = (torch.rand(BATCH, generator=generator) < ANSWERED).tolist()
+        told = [f" {p.answer if known else SHRUG}{task.stop}" for p, known in zip(batch, answered, strict=True)]
+        prompts = tokenizer([p.prompt for p in batch])["input_ids"]
+        answers = tokenizer(told)["input_ids"]
+        yield [
+            ((prompt + answer)[-LONGEST:], max(min(len(prompt), LONGEST - len(answer)), 0))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
 
 def _collate(examples: list[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,85 @@
+"""A PCRTrainer from settings: the reward, the order of the problems, and options under which a checkpoint is whole."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+
+from pcr_torch.train.settings import Settings
+from pcr_torch.train.tasks import Problem, Task
+from pcr_torch.trl import PCRConfig, PCRTrainer
+
+RULE_OPTIONS = ("alpha", "max_boost", "prior", "discount", "update", "gate", "conflict")
+SPARE_TOKENS = 2
+
+
+def make_trainer(
+    settings: Settings, folder: Path, model: Any, tokenizer: Any, task: Task, heldout: Sequence[Problem]
+) -> PCRTrainer:
+    """A trainer that will take `settings.steps` steps on problems of `task`, none of them held out."""
+    # one row a problem in the order of training: resuming needs no shuffled sampler to be replayed
+    rows = list(itertools.islice(task.training(heldout), settings.steps * settings.prompts))
+    trainer = PCRTrainer(
+        model=model,
+        reward_funcs=_reward(task, rows),
+        args=_config(settings, folder, response_limit(settings, task, tokenizer)),
+        train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in rows], "row": list(range(len(rows)))}),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def response_limit(settings: Settings, task: Task, tokenizer: Any) -> int:
+    """Longest response in tokens: as set, or what the task's answers need and a little more."""
+    return settings.max_tokens or task.longest_answer(tokenizer) + SPARE_TOKENS
+
+
+def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:
+    parts = 1 if settings.micro_prompts is None else settings.prompts // settings.micro_prompts
+    rule = {name: getattr(settings, name) for name in RULE_OPTIONS if getattr(settings, name) is not None}
+    return PCRConfig(
+        output_dir=str(folder),
+        rule=settings.rule,
+        **rule,
+        blocks=settings.blocks,
+        granularity=settings.granularity,
+        beta=settings.beta,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        adam_beta2=0.99,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.prompts * settings.generations // parts,
+        gradient_accumulation_steps=parts,
+        steps_per_generation=parts,  # every optimizer step starts from new responses, so a checkpoint is a whole state
+        num_iterations=1,
+        num_generations=settings.generations,
+        max_completion_length=max_tokens,
+        temperature=settings.temperature,
+        shuffle_dataset=False,
+        seed=settings.seed,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+    )
+
+
+def _reward(task: Task, rows: list[Problem]) -> Callable[..., list[float]]:
+    def reward(completions: list[str], row: list[int], **_: Any) -> list[float]:
+        return [task.score(rows[i], text) for i, text in zip(row, completions, strict=True)]
+
+    return reward
