@@ -78,21 +78,26 @@ def group_advantages(
     out = r.dtype
     same, count = group_membership(xp, group_ids, r.shape[0], "group_ids")
     r = at_least_float32(xp, r)
-    member, m = xp.astype(same, r.dtype), xp.astype(count, r.dtype)
-    centred = r - xp.sum(member * r[None, :], axis=1) / m
+    m = xp.astype(count, r.dtype)
+    centred = r - _group_sums(xp, same, r) / m
     if scale == "none":
         unscaled: ArrayT = xp.astype(centred, out)
         return unscaled
     if scale == "group":
         if not is_traced(count) and bool(xp.any(count < 2)):
             raise ValueError("group_ids: a group of one response has no standard deviation; use scale='none'")
-        variance = xp.sum(member * (centred**2)[None, :], axis=1) / (m - 1)
+        variance = _group_sums(xp, same, centred**2) / (m - 1)
     else:
         if r.shape[0] < 2:
             raise ValueError("rewards: one response has no standard deviation; use scale='none'")
         variance = xp.sum((r - xp.mean(r)) ** 2) / (r.shape[0] - 1)
     advantages: ArrayT = xp.astype(centred / (xp.sqrt(variance) + eps), out)
     return advantages
+
+
+def _group_sums(xp: Any, same: Any, r: Any) -> Any:
+    """(n,) sum of r over each response's group; a NaN stays in its group, which a product with 0 would not do."""
+    return xp.sum(xp.where(same, r[None, :], xp.zeros_like(r)[None, :]), axis=1)
 
 
 def group_membership(xp: Any, ids: Any, n: int, name: str) -> tuple[Any, Any]:

@@ -129,7 +129,16 @@ def _filter(
         plasticity_var=post_p.variance,
         stability_var=post_s.variance,
     )
-    return rule.project(means), PriorState(mp, ms, post_p.variance, post_s.variance)
+    weights = rule.project(means)
+    # a step that is not finite is no evidence: its update is NaN, and the filter of that block waits
+    ok, wide = weights.finite, _spread(xp, weights.finite, sizes)
+    kept = PriorState(
+        xp.where(wide, mp, state.plasticity_mean),
+        xp.where(wide, ms, state.stability_mean),
+        xp.where(ok, post_p.variance, state.plasticity_var),
+        xp.where(ok, post_s.variance, state.stability_var),
+    )
+    return weights, kept
 
 
 def _spread(xp: Any, per_block: Any, sizes: tuple[int, ...]) -> Any:

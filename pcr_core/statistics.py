@@ -217,7 +217,7 @@ def contribution_statistics(
         block = slice(start, start + size)
         start += size
         pc, sc, pt, st = p_centred[:, block], s_centred[:, block], p_total[block], s_total[block]
-        zero = xp.sum(pt) * 0
+        zero = xp.zeros_like(xp.sum(pt))
         rows.append(
             (
                 xp.sum(pt * pt),

@@ -259,6 +259,8 @@ class PCR:
         posteriors = rule.posteriors(
             statistics, (previous["plasticity"]["variance"], previous["stability"]["variance"])
         )
+        # a step that is not finite is no evidence: its update is NaN, and the filter of that block waits
+        finite = pcr_core.GRPO()(statistics).finite
         state: dict[str, Any] = {}
         for stream, totals, posterior in zip(_STREAMS, self._totals, posteriors, strict=True):
             gains = posterior.gain.tolist()
@@ -268,10 +270,14 @@ class PCR:
                 mean = previous[stream]["mean"].get(name)
                 if mean is None:
                     mean = torch.zeros_like(parameter, dtype=total_dtype(parameter))
-                mean = mean.to(parameter.device) * (1 - gain)
-                means[name] = mean.add_(totals[name], alpha=gain) if name in totals else mean
-                totals[name] = means[name].clone()
-            state[stream] = {"mean": means, "variance": posterior.variance}
+                mean = mean.to(parameter.device)
+                filtered = mean * (1 - gain)
+                if name in totals:
+                    filtered.add_(totals[name], alpha=gain)
+                means[name] = filtered.clone() if bool(finite[self._block_of[k]]) else mean
+                totals[name] = filtered
+            variance = torch.where(finite, posterior.variance, previous[stream]["variance"])
+            state[stream] = {"mean": means, "variance": variance}
         self._prior = state
         scatter = Scatter(posteriors[0].variance, posteriors[1].variance, statistics.covariance)
         return rule.project(self._statistics(self._totals, scatter))

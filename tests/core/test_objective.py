@@ -145,3 +145,10 @@ def test_advantages(name: str, scale: str, data: st.DataObject) -> None:
 
 def test_equal_rewards_teach_nothing() -> None:
     assert (pcr.group_advantages(np.full(4, 0.25), np.asarray([0, 0, 1, 1])) == 0).all()
+
+
+def test_a_nan_reward_stays_in_its_group() -> None:
+    rewards = np.asarray([1.0, np.nan, 0.0, 1.0])
+    advantages = pcr.group_advantages(rewards, np.asarray([0, 0, 1, 1]))
+    assert np.isnan(advantages[:2]).all()
+    assert np.isfinite(advantages[2:]).all()

@@ -90,3 +90,21 @@ def test_temporal_prior_needs_a_state() -> None:
 def test_discount_range(discount: float) -> None:
     with pytest.raises(ValueError, match="discount"):
         pcr.TemporalPrior(discount)
+
+
+def test_a_step_that_is_not_finite_leaves_the_filter_of_its_block_as_it_was() -> None:
+    rng = np.random.default_rng(0)
+    p, s = rng.normal(size=(2, 4, 6))
+    rule = pcr.PCR(prior=pcr.TemporalPrior(0.7))
+    ids = np.asarray([0, 0, 1, 1])
+    first = pcr.resolve(p, s, group_ids=ids, sizes=(2, 4), rule=rule).state
+    poisoned = p.copy()
+    poisoned[1, 0] = np.nan
+    second = pcr.resolve(poisoned, s, group_ids=ids, sizes=(2, 4), rule=rule, state=first)
+    assert np.isnan(second.update[:2]).all()
+    assert np.isfinite(second.update[2:]).all()
+    assert first is not None
+    assert second.state is not None
+    np.testing.assert_array_equal(second.state.plasticity_mean[:2], first.plasticity_mean[:2])
+    assert second.state.plasticity_var[0] == first.plasticity_var[0]
+    assert np.isfinite(pcr.resolve(p, s, group_ids=ids, sizes=(2, 4), rule=rule, state=second.state).update).all()

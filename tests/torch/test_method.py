@@ -160,6 +160,25 @@ def test_temporal_prior_equals_the_dense_filter_over_steps() -> None:
         assert (update - dense.update).norm() <= 1e-4 * dense.update.norm(), step
 
 
+def test_a_step_that_is_not_finite_leaves_the_temporal_prior_as_it_was() -> None:
+    model, data = tiny_model("llama"), batch()
+    method = PCR(model, rule=pcr_core.PCR(prior=pcr_core.TemporalPrior(0.7)))
+    run(model, method, data)
+    before = copy.deepcopy(method.state_dict()["prior"])
+    hook = model.get_submodule("model.layers.1.mlp.up_proj").register_full_backward_hook(
+        lambda module, grad_in, grad_out: (grad_in[0] * math.nan,)
+    )
+    bad = run(model, method, data)
+    hook.remove()
+    after = method.state_dict()["prior"]
+    assert bad.nonfinite_blocks()
+    for stream in ("plasticity", "stability"):
+        assert bool(torch.isfinite(after[stream]["variance"]).all())
+        for name in bad.nonfinite_blocks():
+            assert torch.equal(after[stream]["mean"][name], before[stream]["mean"][name])
+    assert run(model, method, data).finite
+
+
 def test_resolve_adds_to_gradients_that_are_there() -> None:
     model, data = tiny_model("llama"), batch()
     method = PCR(model)
