@@ -31,19 +31,26 @@ Every step samples responses, scores them with the task's verifier, and combines
 block by block with the chosen rule. At the end the model is compared with its starting point on held-out problems, on
 problems it solved before, and on a fixed text.
 
+\b
 Examples:
+  pcr-train
+      SmolLM2-135M on one-digit sums: the demo, a few minutes on 2 cores
+  pcr-train --model tiny
+      the same in seconds, with a model made on the spot
+  pcr-train --model tiny --rule grpo --seed 1
+      plain GRPO, for comparison
+  pcr-train --task gcd --task-option max_value=20 --steps 50
+      any reasoning-gym data set, with its options
+  pcr-train --model Qwen/Qwen2.5-0.5B --alpha snr --beta 0.02
+      a model from the hub, another alpha
+  pcr-train --resume runs/smollm2-chain_sum-pcr-s0 --steps 24
+      go on, bit for bit, from the last checkpoint
 
-  pcr-train                                                      SmolLM2-135M on one-digit sums: the demo, some minutes
-
-  pcr-train --model tiny                                         the same in seconds, nothing to download
-
-  pcr-train --model tiny --rule grpo --seed 1                    plain GRPO, for comparison
-
-  pcr-train --task gcd --task-option max_value=20 --steps 50     any reasoning-gym data set, with its options
-
-  pcr-train --model Qwen/Qwen2.5-0.5B --alpha snr --beta 0.02    a model from the hub, another alpha
-
-  pcr-train --resume runs/smollm2-chain_sum-pcr-s0 --steps 24    go on, bit for bit, from the last checkpoint
+\b
+Results in the run's folder:
+  plot.png        reward, KL, gradient norms, conflict by layer, alpha
+  metrics.jsonl   one JSON object a step, with every block's numbers
+  checkpoint-N    the model, and all that --resume needs
 
 Ctrl-C finishes the current step, saves, and prints how to resume; a second one stops at once.
 """
@@ -58,7 +65,7 @@ def run(
     task_option: Annotated[
         list[str] | None, typer.Option(help="An option of the data set as name=value; may be repeated.")
     ] = None,
-    shots: Annotated[int | None, typer.Option(help="Worked examples in every prompt. [4; smollm2 2; tiny 0]")] = None,
+    shots: Annotated[int | None, typer.Option(help="Worked examples in every prompt. [4; smollm2 1; tiny 0]")] = None,
     style: Annotated[
         str | None, typer.Option(help="Prompts: compact (shared words dropped), full, or auto. [auto]")
     ] = None,
@@ -80,8 +87,10 @@ def run(
     granularity: Annotated[
         str | None, typer.Option(help="One block per tensor, module, layer, or global. [tensor]")
     ] = None,
-    beta: Annotated[float | None, typer.Option(help="KL coefficient, > 0.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of Adam, constant.")] = None,
+    beta: Annotated[float | None, typer.Option(help="KL coefficient, > 0. [0.04]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="Of Adam, constant. [4e-6; tiny 3e-4]")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all. [12]")] = None,
     prompts: Annotated[int | None, typer.Option(help="Problems a step. [4; tiny 8]")] = None,
     generations: Annotated[int | None, typer.Option(help="Responses to each problem. [8]")] = None,
@@ -91,7 +100,7 @@ def run(
     max_tokens: Annotated[int | None, typer.Option(help="Longest response, in tokens. [what the answers need]")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the sampled responses. [1]")] = None,
     heldout: Annotated[int | None, typer.Option(help="Held-out problems, measured before and after. [64]")] = None,
-    samples: Annotated[int | None, typer.Option(help="Sampled responses to each of them.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Sampled responses to each of them. [2]")] = None,
     retention_task: Annotated[
         str | None, typer.Option(help="Second data set, to see what is forgotten; none for none. [products]")
     ] = None,
@@ -185,9 +194,9 @@ def _go(settings: Settings, folder: Path, resume: bool, threads: int | None, con
     except Interrupted as stopped:
         console.print(f"Stopped after step {stopped.step}; saved. Continue with:\n  {again}", highlight=False)
         raise typer.Exit(130) from None
-    console.print(report.table(outcome, settings))
+    console.print(report.table(outcome, settings), width=max(console.width, 92), crop=False)
     console.print(f"{outcome.seconds:.0f} s in all; peak memory {report.peak_memory():.1f} GB", highlight=False)
-    for label, path in (("plot", outcome.plot), ("metrics", outcome.metrics)):
+    for label, path in (("plot", outcome.plot), ("metrics", outcome.metrics), ("model", outcome.model)):
         console.print(f"{label:8}{path}", highlight=False, soft_wrap=True)
     console.print(f"{'go on':8}{again} --steps {settings.steps * 2}", highlight=False, soft_wrap=True)
 

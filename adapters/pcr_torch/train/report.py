@@ -18,20 +18,21 @@ if TYPE_CHECKING:
 def table(outcome: Outcome, settings: Settings) -> Table:
     """Before and after, with 95 % intervals: exact for proportions, bootstrap over problems for means."""
     before, after = outcome.before, outcome.after
-    out = Table(title="95 % intervals in brackets", title_style="dim", title_justify="right", box=None, pad_edge=False)
-    for name, side in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
-        out.add_column(name, justify=side)  # type: ignore[arg-type]
+    held = f"{len(before.heldout)} held-out problems; 95 % intervals in brackets"
+    out = Table(title=held, title_style="dim", title_justify="right", box=None, pad_edge=False)
+    for name, side in ((settings.task, "left"), ("before", "right"), ("after", "right"), ("change", "right")):
+        out.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     reward = (before.reward, after.reward)
     out.add_row(
-        f"{settings.task}, held out: mean reward, sampled",
+        "mean reward, sampled",
         *(_interval(bootstrap(x)) for x in reward),
         _interval(bootstrap((np.asarray(reward[1]) - np.asarray(reward[0])).tolist()), "+.2f"),
     )
-    out.add_row(f"{settings.task}, held out: solved, greedy", *_solved(before.heldout, after.heldout))
+    out.add_row("solved, greedy", *_solved(before.heldout, after.heldout))
     kept = [now for was, now in zip(before.heldout, after.heldout, strict=True) if was]
     out.add_row("  of those solved before", *_kept(kept))
     if after.retention:
-        out.add_row(f"{outcome.retention_task}, solved before", *_kept(after.retention))
+        out.add_row(f"{outcome.retention_task} solved before", *_kept(after.retention))
     change = after.text - before.text
     out.add_row("fixed text, nats a token", f"{before.text:.3f}", f"{after.text:.3f}", f"{change:+.3f}")
     return out

@@ -42,6 +42,7 @@ class Outcome:
     folder: Path
     plot: Path
     metrics: Path
+    model: Path
     before: Evaluation
     after: Evaluation
     retention_task: str
@@ -85,7 +86,9 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, console: Co
     (folder / "after.json").write_text(json.dumps(after.to_json()) + "\n", encoding="utf-8")
     plot = plots.draw(read_metrics(metrics.path), folder / "plot.png", title=_title(settings))
     other = exam.other.name if exam.other else ""
-    return Outcome(folder, plot, metrics.path, before, after, other, time.perf_counter() - started)
+    saved = last_checkpoint(folder)
+    assert saved is not None  # the last step is always saved
+    return Outcome(folder, plot, metrics.path, saved, before, after, other, time.perf_counter() - started)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
