@@ -194,7 +194,7 @@ def _go(settings: Settings, folder: Path, resume: bool, threads: int | None, con
     except Interrupted as stopped:
         console.print(f"Stopped after step {stopped.step}; saved. Continue with:\n  {again}", highlight=False)
         raise typer.Exit(130) from None
-    console.print(report.table(outcome, settings), width=max(console.width, 92), crop=False)
+    Console(width=max(console.width, 100)).print(report.table(outcome, settings))  # 80 columns would cut the numbers
     console.print(f"{outcome.seconds:.0f} s in all; peak memory {report.peak_memory():.1f} GB", highlight=False)
     for label, path in (("plot", outcome.plot), ("metrics", outcome.metrics), ("model", outcome.model)):
         console.print(f"{label:8}{path}", highlight=False, soft_wrap=True)
