@@ -30,7 +30,7 @@ unit: $(VENV)/.dev ## doctests and tests; SLOW=1 adds the slow ones
 		$(if $(SLOW),,-m "not slow") pcr_core adapters conformance tests
 
 lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-api-compat it supports, and nothing else
-	$(VENV)-lowest/bin/python -m pytest -q -p no:cacheprovider tests/core -m "not slow"
+	$(VENV)-lowest/bin/python -m pytest -q -p no:cacheprovider --doctest-modules pcr_core tests/core -m "not slow"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -26,11 +26,6 @@ def test_the_core_imports_numpy_and_array_api_compat_only() -> None:
     assert python(code).stdout.strip() == "[]"
 
 
-def test_the_conformance_package_imports_no_framework() -> None:
-    done = python("import sys, pcr_conformance; print([m for m in ('torch', 'jax', 'hypothesis') if m in sys.modules])")
-    assert done.stdout.strip() == "[]", done.stderr
-
-
 @pytest.mark.parametrize(
     ("missing", "module", "command"),
     [

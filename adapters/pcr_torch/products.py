@@ -69,12 +69,11 @@ def matrix_gradient(x: Tensor, dy: Tensor, *, transposed: bool) -> Tensor:
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products over the last axis: float32 within a row, float64 from there on."""
-    a, b = (a, a) if a is b else (a, b)
-    x, y = _single(a), _single(b)
+    x = _single(a)
     if a is b:
         squares: Tensor = torch.linalg.vector_norm(x, dim=-1).to(wide_dtype(x.device)) ** 2
         return squares
-    return (x * y).sum(dim=-1).to(wide_dtype(x.device))
+    return (x * _single(b)).sum(dim=-1).to(wide_dtype(x.device))
 
 
 def _single(t: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ def train(
     }
     prompts = Dataset.from_dict({"prompt": ["ab", "cde", "f g", "hij", "kl", "mno", "pq", "rs"]})
     peft_config = options.pop("peft_config", None)
+    reference_noise = options.pop("reference_noise", 0.0)
     trainer = cls(
         model=LlamaForCausalLM.from_pretrained(folder),
         reward_funcs=reward,
@@ -96,6 +97,13 @@ def train(
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
         peft_config=peft_config,
     )
+    if (
+        reference_noise
+    ):  # from the start a reference that is not the policy, so that there is a KL gradient to get right
+        generator = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for parameter in trainer.ref_model.parameters():
+                parameter.mul_(1 + reference_noise * torch.randn(parameter.shape, generator=generator))
     gradients = Gradients()
     trainer.add_callback(gradients)
     trainer.train(resume_from_checkpoint=resume)
@@ -117,22 +125,28 @@ def test_sum_rule_reproduces_stock_grpo(
         return shuffle_groups(batch, torch.arange(batch["completion_ids"].shape[0]) // GROUP)
 
     monkeypatch.setattr(stock, "shuffle_sequence_dict", by_groups)  # same micro-batches, for bnpo's local normaliser
-    options = {"loss_type": loss_type, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+    options = {
+        "loss_type": loss_type,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 1,
+        "reference_noise": 0.3,
+    }
     theirs, expected = train(GRPOTrainer, GRPOConfig, folder, tmp_path, **options)
     ours, got = train(PCRTrainer, PCRConfig, folder, tmp_path, rule="grpo", **options)
     assert relative_error(got.steps[0], expected.steps[0]) <= 1e-6
-    same = ("loss", "reward", "entropy", "clip_ratio/region_mean", "completions/mean_length")
+    assert ours.last_report.metrics()["pcr/stability_norm"] > 0.01 * ours.last_report.metrics()["pcr/plasticity_norm"]
+    same = ("loss", "kl", "reward", "entropy", "clip_ratio/region_mean", "completions/mean_length")
     for key in same:
         assert ours.state.log_history[0][key] == pytest.approx(theirs.state.log_history[0][key], rel=1e-5)
 
 
-@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "luspo"])
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "luspo", "vespo"])
 def test_other_losses_of_trl_separate_too(
     loss_type: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
     monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
-    options = {"loss_type": loss_type, "max_steps": 1}
+    options = {"loss_type": loss_type, "max_steps": 1, "reference_noise": 0.3}
     if loss_type == "cispo":
         options["epsilon_high"] = 5.0
     if loss_type == "luspo":

@@ -109,7 +109,8 @@ class Settings:
 
     def differences(self, other: Settings) -> list[str]:
         """Fields in which two runs differ, other than those that may change on --resume."""
-        return [f.name for f in fields(self) if f.name not in EXTENDABLE and _get(self, f.name) != _get(other, f.name)]
+        names = [f.name for f in fields(self) if f.name not in EXTENDABLE]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -123,7 +124,3 @@ def make_settings(model: str = "smollm2", **given: Any) -> Settings:
     """Defaults, then the model's preset, then what was given (None: not given)."""
     values = {**PRESETS.get(model, {}), **{name: value for name, value in given.items() if value is not None}}
     return Settings(model=model, **values)
-
-
-def _get(settings: Settings, name: str) -> Any:
-    return getattr(settings, name)
