@@ -97,9 +97,7 @@ def train(
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
         peft_config=peft_config,
     )
-    if (
-        reference_noise
-    ):  # from the start a reference that is not the policy, so that there is a KL gradient to get right
+    if reference_noise:  # a reference that is not the policy: a KL gradient from the first step on
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
             for parameter in trainer.ref_model.parameters():
