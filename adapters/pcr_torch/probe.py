@@ -41,18 +41,20 @@ class Recorder:
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         self._parameters = parameters
         self._index = {name: k for k, name in enumerate(parameters)}
-        self._names = {id(p): name for name, p in parameters.items()}
         self._pass: Literal["off", "keep", "measure"] = "off"
         self._strata: Sequence[Sequence[int]] = ()
         self._kept: dict[str, Tensor] = {}
         self._seen: set[str] = set()
         self._modules: dict[str, nn.Module] = {}
-        covered: set[str] = set()
+        # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
+        self._members: dict[str, dict[str, str]] = {}
+        names = {id(p): name for name, p in parameters.items()}
         for path, module in model.named_modules():
-            mine = self._members(module)
+            mine = {at: names[id(p)] for at, p in module.named_parameters(recurse=False) if id(p) in names}
             if layout(module) is not None and (mine or _is_narrow(module)):
                 self._modules[path] = module
-                covered.update(self._names[id(p)] for p in mine)
+                self._members[path] = mine
+        covered = {name for mine in self._members.values() for name in mine.values()}
         self.uncovered = tuple(name for name in parameters if name not in covered)
 
     def install(self) -> None:
@@ -103,7 +105,7 @@ class Recorder:
         """Called where the gradient of a layer's output arrives; the weight's and bias's gradient, if autograd's."""
         module = self._modules[path]
         transposed = layout(module) == "in_out"
-        members = self._members(module)
+        members = self._members[path]
         if self._pass == "off":
             return matrix_gradient(x, dy, transposed=transposed), dy.sum(dim=tuple(range(dy.ndim - 1)))
         if not members:
@@ -138,25 +140,21 @@ class Recorder:
         kept = self._kept.pop(path, None) if self._pass == "measure" else None
         return matrix_gradient(x, dy if kept is None else dy + kept, transposed=transposed)
 
-    def _measure(self, members: list[nn.Parameter], x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> None:
+    def _measure(self, members: dict[str, str], x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> None:
         scaled = [_unit_scale(dy) for dy in dys]
         dys, scales = tuple(dy for dy, _ in scaled), [scale for _, scale in scaled]
         factors = torch.stack([scales[a] * scales[b] for a, b in PAIRS[len(dys)]])[:, None]
-        for parameter in members:
-            name = self._names[id(parameter)]
+        for attribute, name in members.items():
+            parameter = self._parameters[name]
             products = (
                 bias_products(dys, self._strata)
-                if parameter.ndim == 1
+                if attribute == "bias"
                 else weight_products(x, dys, self._strata, transposed=transposed)
             )
             self._pulled.response[:, :, self._index[name]] = products.response * factors
             self._pulled.stratum[:, :, self._index[name]] = products.stratum * factors
             for total, part, scale in zip(self._pulled.totals, products.totals, scales, strict=True):
                 total[name] = part.to(total_dtype(parameter)).mul_(scale.to(total_dtype(parameter)))
-
-    def _members(self, module: nn.Module) -> list[nn.Parameter]:
-        """The module's own parameters that belong to blocks."""
-        return [p for p in module.parameters(recurse=False) if id(p) in self._names]
 
 
 def _is_narrow(module: nn.Module) -> bool:
@@ -170,9 +168,9 @@ def _version(grad: Tensor | None) -> tuple[int, int] | None:
 
 def _probed_forward(recorder: Recorder, path: str) -> Any:
     def forward(module: Any, x: Tensor) -> Tensor:
-        ours = {id(p) for p in recorder._members(module)}
-        bias = module.bias if id(module.bias) in ours else None
-        weight = module.weight if not ours or id(module.weight) in ours else None
+        ours = recorder._members[path]
+        bias = module.bias if "bias" in ours else None
+        weight = module.weight if not ours or "weight" in ours else None
         fixed_weight = module.weight if weight is None else weight.detach()
         fixed_bias = module.bias if bias is None else bias.detach()
         if layout(module) == "out_in":
