@@ -2,8 +2,9 @@
 
 A probed layer computes its output with a detached weight and passes it through an identity that knows the layer's
 input. When the output's gradient arrives there, the weight's gradient and its per-response inner products are formed in
-one place (`products.py`). Two passes over one graph give both streams; the first only keeps the output gradients, so
-that each weight's gradient is formed once, in the second pass, and inner products between the streams can be taken.
+one place (`products.py`). Two passes give both streams; the first only keeps the output gradients, so that each weight's
+gradient is formed once, in the second pass, and inner products between the streams can be taken. Both go through the
+graph a layer at a time (`segments.py`).
 
 Linear layers outside the blocks are probed as well, to form the gradient of the summed stream once in place of twice.
 Activations are saved through autograd, so gradient checkpointing, autocast and saved-tensor hooks work as always.
@@ -11,6 +12,7 @@ Activations are saved through autograd, so gradient checkpointing, autocast and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any, Literal, cast
@@ -21,6 +23,7 @@ from torch.nn import functional
 
 from pcr_torch.products import bias_products, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, total_dtype, wide_dtype
+from pcr_torch.segments import Cuts, layers_of, segments
 
 Layout = Literal["out_in", "in_out"]
 _WIDEST = 8  # outputs over inputs; a vocabulary's output gradient is not worth keeping between the passes
@@ -44,24 +47,29 @@ class Recorder:
         self._pass: Literal["off", "keep", "measure"] = "off"
         self._strata: Sequence[Sequence[int]] = ()
         self._kept: dict[str, Tensor] = {}
-        self._seen: set[str] = set()
+        self._seen: set[tuple[str, str]] = set()
+        self._tied: set[int] = set()  # weights that layers of several segments share
+        self._cuts = Cuts(*layers_of(model, list(parameters)))
         self._modules: dict[str, nn.Module] = {}
         # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
         self._members: dict[str, dict[str, str]] = {}
         names = {id(p): name for name, p in parameters.items()}
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         for path, module in model.named_modules():
             mine = {at: names[id(p)] for at, p in module.named_parameters(recurse=False) if id(p) in names}
-            if layout(module) is not None and (mine or _is_narrow(module)):
+            if layout(module) is not None and (mine or _is_worthwhile(module, uses)):
                 self._modules[path] = module
                 self._members[path] = mine
         covered = {name for mine in self._members.values() for name in mine.values()}
-        self.uncovered = tuple(name for name in parameters if name not in covered)
+        self.uncovered = tuple(n for n, p in parameters.items() if n not in covered or uses[id(p)] > 1)
 
     def install(self) -> None:
         for path, module in self._modules.items():
             module.forward = MethodType(_probed_forward(self, path), module)
+        self._cuts.install()
 
     def remove(self) -> None:
+        self._cuts.remove()
         for module in self._modules.values():
             module.__dict__.pop("forward", None)
 
@@ -78,11 +86,7 @@ class Recorder:
         self._strata = strata
         before = {name: _version(p.grad) for name, p in self._parameters.items()}
         try:
-            for stream, cotangent in enumerate(cotangents):
-                last = stream == len(cotangents) - 1
-                self._pass = "measure" if last else "keep"
-                self._seen.clear()
-                torch.autograd.backward(logp, cotangent, retain_graph=not last)
+            self._through(logp, cotangents)
             if self._kept:
                 raise RuntimeError(f"the two backward passes saw different layers: {sorted(self._kept)}")
             self._refuse_bypass(before)
@@ -90,7 +94,29 @@ class Recorder:
         finally:
             self._pass = "off"
             self._kept.clear()
+            self._seen.clear()
+            self._tied.clear()
             del self._pulled
+
+    def _through(self, logp: Tensor, gradients: Sequence[Tensor]) -> None:
+        """The streams' backward passes, segment by segment; as one below the last segment with blocks."""
+        chain = segments(logp, self._cuts)
+        ours = {id(parameter) for parameter in self._parameters.values()}
+        held = [segment.leaves | segment.probed for segment in chain]
+        ours = {id(parameter) for parameter in self._parameters.values()}
+        # blocks that are not seen may hide in a node that keeps its graph to itself, as reentrant checkpointing does
+        hidden = not ours <= frozenset().union(*held)
+        for k, segment in enumerate(chain):
+            self._tied |= segment.probed & frozenset().union(*held[k + 1 :])
+        for k, segment in enumerate(chain):
+            if not hidden and not any(ours & each for each in held[k:]):
+                gradients = [sum(gradients[1:], start=gradients[0])]
+            arrived = []
+            for stream, gradient in enumerate(gradients):
+                last = stream == len(gradients) - 1
+                self._pass = "measure" if last else "keep"
+                arrived.append(self._cuts.back(segment, logp, gradient, keep=not last))
+            gradients = [gradient for gradient in arrived if gradient is not None]
 
     def _refuse_bypass(self, before: dict[str, tuple[int, int] | None]) -> None:
         for name, parameter in self._parameters.items():
@@ -110,9 +136,9 @@ class Recorder:
             return matrix_gradient(x, dy, transposed=transposed), dy.sum(dim=tuple(range(dy.ndim - 1)))
         if not members:
             return self._outside(path, x, dy, transposed), None
-        if path in self._seen:
+        if (self._pass, path) in self._seen:
             raise ValueError(f"{path} is used twice in one forward pass; use PCR(..., norms='loop')")
-        self._seen.add(path)
+        self._seen.add((self._pass, path))
         n = self._pulled.response.shape[1]
         if x.ndim != 3 or x.shape[0] != n:
             raise ValueError(
@@ -133,12 +159,19 @@ class Recorder:
         Of a layer that is called several times the first call is treated so (both passes come to calls in one order),
         the others in either pass as autograd would.
         """
-        if self._pass == "keep" and path not in self._seen:
-            self._seen.add(path)
+        weight = cast(Tensor, self._modules[path].weight)
+        if self._pass == "keep" and ("keep", path) not in self._seen and _is_narrow(weight):
+            self._seen.add(("keep", path))
             self._kept[path] = dy
             return None
         kept = self._kept.pop(path, None) if self._pass == "measure" else None
-        return matrix_gradient(x, dy if kept is None else dy + kept, transposed=transposed)
+        gradient = matrix_gradient(x, dy if kept is None else dy + kept, transposed=transposed)
+        if id(weight) not in self._tied:
+            return gradient
+        # autograd would wait for the weight's use in a lower segment, which this pass does not come to
+        gradient = gradient.to(weight.dtype)
+        weight.grad = gradient if weight.grad is None else weight.grad + gradient
+        return None
 
     def _measure(self, members: dict[str, str], x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> None:
         scaled = [_unit_scale(dy) for dy in dys]
@@ -154,12 +187,18 @@ class Recorder:
             self._pulled.response[:, :, self._index[name]] = products.response * factors
             self._pulled.stratum[:, :, self._index[name]] = products.stratum * factors
             for total, part, scale in zip(self._pulled.totals, products.totals, scales, strict=True):
-                total[name] = part.to(total_dtype(parameter)).mul_(scale.to(total_dtype(parameter)))
+                part = part.to(total_dtype(parameter))
+                total[name] = part if scale.device.type == "cpu" and scale == 1 else part.mul_(scale.to(part.dtype))
 
 
-def _is_narrow(module: nn.Module) -> bool:
+def _is_worthwhile(module: nn.Module, uses: Counter[int]) -> bool:
+    """Whether a layer outside the blocks is probed: to form its gradient once, or because another module shares it."""
     weight = cast(Tensor, module.weight)
-    return weight.requires_grad and max(weight.shape) <= _WIDEST * min(weight.shape)
+    return weight.requires_grad and (_is_narrow(weight) or uses[id(weight)] > 1)
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    return max(weight.shape) <= _WIDEST * min(weight.shape)
 
 
 def _version(grad: Tensor | None) -> tuple[int, int] | None:
@@ -186,8 +225,13 @@ def _probed_forward(recorder: Recorder, path: str) -> Any:
     return forward
 
 
+_SAFE = (1e-12, 1e12)
+
+
 class _Probe(torch.autograd.Function):
     """Identity on y that hands (x, dy) to the recorder."""
+
+    is_probe = True
 
     @staticmethod
     def forward(
@@ -207,7 +251,11 @@ class _Probe(torch.autograd.Function):
 
 
 def _unit_scale(t: Tensor) -> tuple[Tensor, Tensor]:
-    """t over the power of two next to its largest entry, and that power: squares of tiny gradients stay in float32."""
+    """t over a power of two, and that power, so that squares of tiny or huge gradients stay in float32."""
+    if t.device.type == "cpu":
+        low, high = torch.aminmax(t)
+        if _SAFE[0] < max(-low.item(), high.item()) < _SAFE[1]:  # nearly always, and saves a copy
+            return t, torch.ones((), dtype=torch.float64)
     largest = t.abs().amax()
     usable = torch.isfinite(largest) & (largest > 0)
     exponent = torch.frexp(torch.where(usable, largest, torch.ones_like(largest)).float())[1]

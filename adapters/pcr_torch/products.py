@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from pcr_torch.pullback import PAIRS, wide_dtype
 
 _WORKSPACE = 1 << 25  # elements of explicit gradients held at once on an accelerator
+_PART = 1 << 16  # a float32 dot product of this length errs by 1e-7, and stays in a core's cache
 _GRAM_COST = 16  # multiply-adds that a pass over one explicit element is worth; measured on a CPU
 
 
@@ -86,44 +88,80 @@ def _gram(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], tra
     tokens, outputs = _single(x), [_single(dy) for dy in dys]
     gram = tokens @ tokens.mT
     response = torch.stack([(gram * (outputs[a] @ outputs[b].mT)).to(wide).sum(dim=(1, 2)) for a, b in pairs])
-    stratum = torch.zeros(len(pairs), len(strata), dtype=wide, device=x.device)
+    stratum: list[Tensor] = []
     totals: list[Tensor] = []
-    for q, rows in enumerate(strata):
+    for rows in strata:
         part = list(rows)
         sums = [_single(matrix_gradient(x[part], dy[part], transposed=transposed)) for dy in dys]
-        for pair, (a, b) in enumerate(pairs):
-            stratum[pair, q] = row_dot(sums[a], sums[b]).sum()
-        totals = _added(totals, sums)
-    return Products(totals, response, stratum)
+        stratum.append(_pair_products(sums))
+        totals = _add(totals, sums) if totals else sums
+    return Products(totals, response, torch.stack(stratum, dim=1))
 
 
 def _explicit(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], transposed: bool) -> Products:
-    pairs = PAIRS[len(dys)]
     n, shape = x.shape[0], (x.shape[2], dys[0].shape[2]) if transposed else (dys[0].shape[2], x.shape[2])
-    wide = wide_dtype(x.device)
-    response = torch.zeros(len(pairs), n, dtype=wide, device=x.device)
-    stratum = torch.zeros(len(pairs), len(strata), dtype=wide, device=x.device)
-    # on a CPU one gradient at a time stays in cache; an accelerator wants large launches
-    chunk = 1 if x.device.type == "cpu" else max(1, _WORKSPACE // (shape[0] * shape[1]))
-    scratch = [torch.empty((chunk, *shape), dtype=x.dtype, device=x.device) for _ in dys]
-    totals: list[Tensor] = []
+    form = _form_one_by_one if x.device.type == "cpu" else _form_in_chunks
+    response: list[Tensor | None] = [None] * n
+    stratum: list[Tensor] = []
+    totals = [torch.empty(shape, dtype=_single(x[:0]).dtype, device=x.device) for _ in dys]
+    scratch = [torch.empty_like(total) for total in totals] if len(strata) > 1 else []
     for q, rows in enumerate(strata):
-        sums = [torch.zeros(shape, dtype=_single(x[:0]).dtype, device=x.device) for _ in dys]
-        for start in range(0, len(rows), chunk):
-            part = list(rows[start : start + chunk])
-            held = [s[: len(part)] for s in scratch]
-            for one, dy in zip(held, dys, strict=True):
-                left, right = (x, dy) if transposed else (dy, x)
-                torch.bmm(left[part].mT, right[part], out=one)
-            for pair, (a, b) in enumerate(pairs):
-                response[pair, part] = row_dot(held[a], held[b]).sum(dim=1)
-            for total, one in zip(sums, held, strict=True):
-                total.add_(one[0] if len(part) == 1 else one.sum(dim=0))
-        for pair, (a, b) in enumerate(pairs):
-            stratum[pair, q] = row_dot(sums[a], sums[b]).sum()
-        totals = _added(totals, sums)
-    return Products(totals, response, stratum)
+        into = scratch if q else totals
+        for row, products in zip(rows, form(x, dys, rows, transposed, into), strict=True):
+            response[row] = products
+        stratum.append(_pair_products(into))
+        if q:
+            _add(totals, into)
+    return Products(totals, torch.stack(cast(list[Tensor], response), dim=1), torch.stack(stratum, dim=1))
 
 
-def _added(totals: list[Tensor], sums: list[Tensor]) -> list[Tensor]:
-    return [total.add_(part) for total, part in zip(totals, sums, strict=True)] if totals else sums
+def _form_one_by_one(
+    x: Tensor, dys: Sequence[Tensor], rows: Sequence[int], transposed: bool, into: list[Tensor]
+) -> list[Tensor]:
+    """Products of each row's gradients, whose sum comes to lie in `into`; one at a time stays in a CPU's cache."""
+    x, dys = _single(x), [_single(dy) for dy in dys]
+    scratch = [torch.empty_like(total) for total in into]
+    products = []
+    for k, row in enumerate(rows):
+        held = into if k == 0 else scratch
+        for one, dy in zip(held, dys, strict=True):
+            left, right = (x, dy) if transposed else (dy, x)
+            torch.mm(left[row].mT, right[row], out=one)
+        products.append(_pair_products(held))
+        if k:
+            _add(into, scratch)
+    return products
+
+
+def _form_in_chunks(
+    x: Tensor, dys: Sequence[Tensor], rows: Sequence[int], transposed: bool, into: list[Tensor]
+) -> list[Tensor]:
+    """The same in batched products, for an accelerator, whose launches want to be large."""
+    chunk = max(1, _WORKSPACE // into[0].numel())
+    products: list[Tensor] = []
+    for start in range(0, len(rows), chunk):
+        part = list(rows[start : start + chunk])
+        held = []
+        for total, dy in zip(into, dys, strict=True):
+            left, right = (x, dy) if transposed else (dy, x)
+            one = torch.bmm(left[part].mT, right[part])
+            total.copy_(one.sum(dim=0)) if start == 0 else total.add_(one.sum(dim=0))
+            held.append(one)
+        products += torch.stack([row_dot(held[a], held[b]).sum(dim=1) for a, b in PAIRS[len(dys)]], dim=1).unbind()
+    return products
+
+
+def _pair_products(held: Sequence[Tensor]) -> Tensor:
+    """(pairs,) inner products of one gradient per stream: float32 within a part, float64 from there on."""
+    flat = [t.view(-1) for t in held]
+    pairs = [(flat[a], flat[b]) for a, b in PAIRS[len(held)]]
+    if flat[0].device.type != "cpu":
+        return torch.stack([row_dot(a, b) for a, b in pairs])
+    parts = [[torch.dot(p, q) for p, q in zip(a.split(_PART), b.split(_PART), strict=True)] for a, b in pairs]
+    return torch.stack([torch.stack(part).double().sum() for part in parts])
+
+
+def _add(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    for total, part in zip(totals, parts, strict=True):
+        total.add_(part)
+    return totals
