@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from measure import Way, compare, show
 from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import pcr_core
+from measure import Way, compare, show
 from pcr_torch import PCR
 
 LAYERS, HIDDEN, MLP = 8, 512, 1536

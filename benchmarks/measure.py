@@ -116,10 +116,8 @@ def show(title: str, rows: list[Row], device: str, out: Path | None) -> None:
     print("| way | seconds | time, times the first | quartiles | peak MB | memory, times the first |")
     print("|---|---|---|---|---|---|")
     for r in rows:
-        quartiles = f"{r.ratio_low:.2f} to {r.ratio_high:.2f}"
-        print(
-            f"| {r.name} | {r.seconds:.3f} | {r.ratio:.2f} | {quartiles} | {r.memory / 1e6:.0f} | {r.memory_ratio:.2f} |"
-        )
+        time_columns = f"{r.seconds:.3f} | {r.ratio:.2f} | {r.ratio_low:.2f} to {r.ratio_high:.2f}"
+        print(f"| {r.name} | {time_columns} | {r.memory / 1e6:.0f} | {r.memory_ratio:.2f} |")
     if out is not None:
         record = {
             "title": title,

@@ -2,9 +2,9 @@
 
 A probed layer computes its output with a detached weight and passes it through an identity that knows the layer's
 input. When the output's gradient arrives there, the weight's gradient and its per-response inner products are formed in
-one place (`products.py`). Two passes give both streams; the first only keeps the output gradients, so that each weight's
-gradient is formed once, in the second pass, and inner products between the streams can be taken. Both go through the
-graph a layer at a time (`segments.py`).
+one place (`products.py`). Two passes, a layer at a time (`segments.py`), give both streams; the first only keeps the
+output gradients, so that each weight's gradient is formed once, in the second pass, and inner products between the
+streams can be taken.
 
 Linear layers outside the blocks are probed as well, to form the gradient of the summed stream once in place of twice.
 Activations are saved through autograd, so gradient checkpointing, autocast and saved-tensor hooks work as always.

@@ -157,7 +157,7 @@ def _pair_products(held: Sequence[Tensor]) -> Tensor:
     pairs = [(flat[a], flat[b]) for a, b in PAIRS[len(held)]]
     if flat[0].device.type != "cpu":
         return torch.stack([row_dot(a, b) for a, b in pairs])
-    parts = [[torch.dot(p, q) for p, q in zip(a.split(_PART), b.split(_PART), strict=True)] for a, b in pairs]
+    parts = [[torch.dot(p, q) for p, q in zip(torch.split(a, _PART), torch.split(b, _PART))] for a, b in pairs]
     return torch.stack([torch.stack(part).double().sum() for part in parts])
 
 

@@ -5,8 +5,8 @@ that the second needs as well. Layer by layer, each layer's memory is freed once
 ordinary backward pass; and below the lowest layer with blocks the streams go on as one.
 
 Cuts are identities in the graph, at the input of every layer with blocks and at the output of the last layer; nothing
-outside the graph refers to it. Where they do not separate it (a skip connection around layers, several devices), backward
-passes are over the whole graph.
+outside the graph refers to it. Where they do not separate it (a skip connection around layers, several devices), each
+backward pass is over the whole graph.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _all_later(nodes: set[Node], cut: Node) -> bool:
 
 
 def layers_of(model: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], nn.Module | None]:
-    """The layers from the lowest that holds one of the named parameters on, and the last; none without an nn.ModuleList."""
+    """The layers from the lowest that holds one of the named parameters on, and the last; none without a ModuleList."""
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             start = f"{path}." if path else ""

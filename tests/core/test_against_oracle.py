@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import pcr_core as pcr
 from pcr_conformance import laws, oracle
 from pcr_conformance.cases import Case
 from pcr_conformance.laws.checks import as_seen, near
 from pcr_conformance.libraries import library
 from pcr_conformance.strategies import cases
 from pcr_conformance.tolerances import update_bounds
-
-import pcr_core as pcr
 
 NUMPY = library("numpy")
 RULES = {

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import pcr_core as pcr
 from pcr_conformance import laws
 from pcr_conformance.adapter import Adapter, largest_exponent
 from pcr_conformance.cases import Case
 from pcr_conformance.libraries import NAMES, library, missing
 from pcr_conformance.strategies import REGIMES, SHAPES, cases, objective_cases
-
-import pcr_core as pcr
 
 CONFLICT = ("conflict", "antiparallel", "free", "one huge response", "nearly identical responses")
 NO_CONFLICT = ("no conflict", "orthogonal", "parallel", "zero plasticity", "zero stability", "both zero", "free")

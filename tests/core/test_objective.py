@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import pcr_core as pcr
 from pcr_conformance import laws, oracle_objective
 from pcr_conformance.adapter import Adapter
 from pcr_conformance.libraries import library, missing
 from pcr_conformance.strategies import group_ids, objective_cases
-
-import pcr_core as pcr
 
 NUMPY = library("numpy")
 NORMALIZATIONS = ("grpo", "dapo", "bnpo", "dr_grpo")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from pcr_torch import select_blocks
 from problems import tiny_model
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+
+from pcr_torch import select_blocks
 
 SMALL = {
     "vocab_size": 31,

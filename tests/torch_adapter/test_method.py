@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from pcr_torch import PCR
 from problems import Batch, batch, tiny_model
 from torch import Tensor, nn
 
 import pcr_core
+from pcr_torch import PCR
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

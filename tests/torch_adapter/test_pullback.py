@@ -7,13 +7,13 @@ from dataclasses import fields
 
 import pytest
 import torch
-from pcr_torch import PCR, Report
-from pcr_torch.products import prefers_gram, weight_products
 from problems import ARCHITECTURES, Batch, batch, tiny_model
 from torch import Tensor, nn
 
 import pcr_core
 from pcr_core import BlockStatistics
+from pcr_torch import PCR, Report
+from pcr_torch.products import prefers_gram, weight_products
 
 
 def pull(model: nn.Module, data: Batch, norms: str, **options: object) -> tuple[Report, dict[str, Tensor]]:

@@ -10,13 +10,13 @@ import pytest
 import torch
 import trl.trainer.grpo_trainer as stock
 from datasets import Dataset
-from pcr_torch.trl import PCRConfig, PCRTrainer, shuffle_groups
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import pcr_core
+from pcr_torch.trl import PCRConfig, PCRTrainer, shuffle_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GROUP = 4

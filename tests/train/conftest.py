@@ -11,11 +11,12 @@ if any(importlib.util.find_spec(name) is None for name in ("trl", "reasoning_gym
     pytest.skip("pcr-train needs the extra pcr-grpo[demo]", allow_module_level=True)
 
 import torch
+from rich.console import Console
+
 from pcr_torch.train.run import Outcome, train
 from pcr_torch.train.settings import Settings
 from pcr_torch.train.tasks import load_task
 from pcr_torch.train.tiny import make_tiny
-from rich.console import Console
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from pcr_torch.train import command, models
 from pcr_torch.train.progress import read_metrics
 from pcr_torch.train.run import Outcome

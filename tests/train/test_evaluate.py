@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from pcr_torch.train.evaluate import RETENTION_TEXT, Exam, bootstrap, exact_binomial, respond, text_nll
 from pcr_torch.train.models import load
 from pcr_torch.train.tasks import load_task

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from pcr_torch.train.plots import draw, layer_cosines
 
 

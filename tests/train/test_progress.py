@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from pcr_torch.train.progress import MetricsFile, live, read_metrics
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from pcr_torch.train.progress import read_metrics
 from pcr_torch.train.run import Outcome
-from safetensors.torch import load_file
 
 Go = Callable[..., Outcome]
 

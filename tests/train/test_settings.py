@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from pcr_torch.train.settings import Settings, make_settings
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from pcr_torch.train.tasks import load_task, render, shared_words
 from pcr_torch.train.tiny import character_tokenizer
 
