@@ -167,6 +167,8 @@ def _version(grad: Tensor | None) -> tuple[int, int] | None:
 
 
 def _probed_forward(recorder: Recorder, path: str) -> Any:
+    # a compiled graph would freeze the probe in the state it had when it was traced
+    @torch.compiler.disable(reason="the probes of PCR's fast path run uncompiled; for fullgraph=True use norms='loop'")
     def forward(module: Any, x: Tensor) -> Tensor:
         ours = recorder._members[path]
         bias = module.bias if "bias" in ours else None
