@@ -11,6 +11,7 @@ Activations are saved through autograd, so gradient checkpointing, autocast and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any, Literal, cast
@@ -49,12 +50,15 @@ class Recorder:
         # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
         self._members: dict[str, dict[str, str]] = {}
         names = {id(p): name for name, p in parameters.items()}
+        places: Counter[str] = Counter()
         for path, module in model.named_modules():
             mine = {at: names[id(p)] for at, p in module.named_parameters(recurse=False) if id(p) in names}
+            places.update(mine.values())
             if layout(module) is not None and (mine or _is_narrow(module)):
                 self._modules[path] = module
                 self._members[path] = mine
-        covered = {name for mine in self._members.values() for name in mine.values()}
+        # a tied weight's gradient has parts from several layers, and its norms need their sum
+        covered = {name for mine in self._members.values() for name in mine.values() if places[name] == 1}
         self.uncovered = tuple(name for name in parameters if name not in covered)
 
     def install(self) -> None:
