@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,10 @@ BOTH = pytest.mark.parametrize("norms", ["fast", "loop"])
 Rows = list[list[Tensor | None]]
 
 
+class Output(NamedTuple):
+    logits: Tensor
+
+
 class Small(nn.Module):
     """Without attention: every token by itself, so that the layers can be anything."""
 
@@ -34,11 +38,11 @@ class Small(nn.Module):
             for parameter in self.parameters():
                 parameter.normal_(std=0.6)
 
-    def forward(self, input_ids: Tensor) -> Any:
+    def forward(self, input_ids: Tensor) -> Output:
         hidden = self.embed(input_ids)
         for layer in self.layers:
             hidden = hidden + torch.tanh(layer(hidden))
-        return type("Output", (), {"logits": self.head(hidden)})
+        return Output(self.head(hidden))
 
 
 def names_of(method: PCR) -> list[str]:
@@ -91,6 +95,17 @@ def assert_batch_right(method: PCR, data: Batch, tol: float = 1e-4) -> None:
 # -- compiled models -----------------------------------------------------------------------------------------------
 
 
+class Layer(nn.Module):
+    """More than the linear layer, so that something is left to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.inner(torch.cos(x)))
+
+
 def whole(model: Small, backend: str) -> Any:
     return torch.compile(model, backend=backend)
 
@@ -108,6 +123,7 @@ def part(model: Small, backend: str) -> Any:
 @pytest.fixture
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -117,7 +133,7 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(("how", "first"), [(whole, "compile"), (whole, "PCR"), (in_place, "PCR"), (part, "compile")])
 def test_compiled_models(norms: Any, backend: str, how: Callable[..., Any], first: str) -> None:
-    model, data = Small(), batch()
+    model, data = Small(Layer(), Layer()), batch()
     if first == "compile":
         compiled = how(model, backend)
         method = PCR(compiled, blocks=r"layers.*weight", norms=norms, rule=RULE)
