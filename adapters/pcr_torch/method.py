@@ -114,7 +114,8 @@ class PCR:
             group_ids: (n,) integers, the prompt of each response.
 
         Raises:
-            ValueError: shapes that do not match, or a group of one response with strata="group".
+            ValueError: shapes that do not match, a group of one response with strata="group", a block's parameter that
+                was frozen meanwhile, or what the fast path cannot measure (docs/supported.md).
             TypeError: arguments that are not tensors of the right kind.
         """
         if not isinstance(objective, Objective):
@@ -192,7 +193,9 @@ class PCR:
         ids = _check_batch(logp, cotangents, group_ids, self.strata)
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
-                raise ValueError(f"{name} is in a block and was frozen after PCR(model) was made; make PCR(model) again")
+                raise ValueError(
+                    f"{name} is in a block and was frozen after PCR(model) was made; make PCR(model) again"
+                )
         strata: list[list[int]] = [[] for _ in range(int(ids.max()) + 1)]
         for row, q in enumerate(ids.tolist()):
             strata[q].append(row)

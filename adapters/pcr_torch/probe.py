@@ -171,8 +171,6 @@ def _version(grad: Tensor | None) -> tuple[int, int] | None:
 
 
 def _probed_forward(recorder: Recorder, path: str) -> Any:
-    # a compiled graph would freeze the probe in the state it had when it was traced
-    @torch.compiler.disable(reason="the probes of PCR's fast path run uncompiled; for fullgraph=True use norms='loop'")
     def forward(module: Any, x: Tensor) -> Tensor:
         ours = recorder._members[path]
         bias = module.bias if "bias" in ours else None
@@ -189,7 +187,9 @@ def _probed_forward(recorder: Recorder, path: str) -> Any:
         probed = _Probe.apply(y, x.detach().to(y.dtype), weight, bias, recorder, path)  # type: ignore[no-untyped-call]
         return cast(Tensor, probed)
 
-    return forward
+    # a compiled graph would freeze the probe in the state it had when it was traced
+    why = "the probes of PCR's fast path run uncompiled; for fullgraph=True use norms='loop'"
+    return torch.compiler.disable(forward, reason=why)  # type: ignore[no-untyped-call]
 
 
 class _Probe(torch.autograd.Function):

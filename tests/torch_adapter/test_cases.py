@@ -441,3 +441,19 @@ def test_forward_passes_between_logp_and_accumulate_change_nothing(norms: Any) -
     other.logp(model)
     model.train()
     assert_right(method, logp, data.objective(logp), data.group_ids)
+
+
+def test_reentrant_checkpointing_is_refused_in_the_loop() -> None:
+    """By torch itself: this kind of checkpointing has no gradients but those of backward()."""
+    model, data = tiny_model("llama"), batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # type: ignore[operator]
+        model.enable_input_require_grads()  # type: ignore[operator]
+        model.train()
+        method = PCR(model, norms="loop")
+        logp = data.logp(model)
+        with pytest.raises(RuntimeError, match="use_reentrant"):
+            method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
+    with pytest.raises(RuntimeError, match="before accumulate"):
+        method.resolve()

@@ -46,7 +46,8 @@ def test_killed_between_checkpoints_and_resumed_equals_uninterrupted_bit_for_bit
     out = tmp_path / "run"
     words = ["--model", str(tiny_folder), "--shots", "0", "--prompts", "4", "--generations", "4", "--max-tokens", "5",
              "--heldout", "4", "--samples", "1", "--retention-task", "none", "--lr", "1e-3", "--threads", "1",
-             "--prior", "temporal", "--alpha", "snr", "--save-every", "2", "--steps", "400", "--out", str(out)]  # fmt: skip
+             "--prior", "temporal", "--alpha", "snr", "--save-every", "2", "--steps", "400",
+             "--out", str(out)]  # fmt: skip
     command = [sys.executable, "-m", "pcr_torch.train.command", *words]
     with open(tmp_path / "output", "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
