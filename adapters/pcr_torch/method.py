@@ -85,11 +85,11 @@ class PCR:
         self.blocks = select_blocks(model, blocks, granularity)
         named = dict(model.named_parameters())
         self._parameters = {name: named[name] for block in self.blocks for name in block.parameters}
-        self._others = [p for name, p in named.items() if p.requires_grad and name not in self._parameters]
+        self._others = [p for name, p in named.items() if name not in self._parameters]
         recorder = Recorder(model, self._parameters)
         if norms == "fast" and recorder.uncovered:
             raise ValueError(
-                f"norms='fast' measures plain linear layers only, and {recorder.uncovered[0]} is in none "
+                f"norms='fast' measures plain linear layers only, and {recorder.uncovered[0]} is in none, or tied "
                 f"({len(recorder.uncovered)} such parameters); use norms='loop' or other blocks"
             )
         self._recorder = None if norms == "loop" or recorder.uncovered else recorder
@@ -114,7 +114,8 @@ class PCR:
             group_ids: (n,) integers, the prompt of each response.
 
         Raises:
-            ValueError: shapes that do not match, or a group of one response with strata="group".
+            ValueError: shapes that do not match, a group of one response with strata="group", a block's parameter that
+                was frozen meanwhile, or what the fast path cannot measure (docs/supported.md).
             TypeError: arguments that are not tensors of the right kind.
         """
         if not isinstance(objective, Objective):
@@ -190,6 +191,11 @@ class PCR:
 
     def _pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> None:
         ids = _check_batch(logp, cotangents, group_ids, self.strata)
+        for name, parameter in self._parameters.items():
+            if not parameter.requires_grad:
+                raise ValueError(
+                    f"{name} is in a block and was frozen after PCR(model) was made; make PCR(model) again"
+                )
         strata: list[list[int]] = [[] for _ in range(int(ids.max()) + 1)]
         for row, q in enumerate(ids.tolist()):
             strata[q].append(row)

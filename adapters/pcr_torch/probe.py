@@ -54,14 +54,15 @@ class Recorder:
         # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
         self._members: dict[str, dict[str, str]] = {}
         names = {id(p): name for name, p in parameters.items()}
-        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
         for path, module in model.named_modules():
             mine = {at: names[id(p)] for at, p in module.named_parameters(recurse=False) if id(p) in names}
             if layout(module) is not None and (mine or _is_worthwhile(module, uses)):
                 self._modules[path] = module
                 self._members[path] = mine
-        covered = {name for mine in self._members.values() for name in mine.values()}
-        self.uncovered = tuple(n for n, p in parameters.items() if n not in covered or uses[id(p)] > 1)
+        # a tied weight's gradient has parts from several layers, and its norms need their sum
+        found = {name for mine in self._members.values() for name in mine.values()}
+        self.uncovered = tuple(n for n, p in parameters.items() if n not in found or uses[id(p)] > 1)
 
     def install(self) -> None:
         for path, module in self._modules.items():
@@ -222,7 +223,9 @@ def _probed_forward(recorder: Recorder, path: str) -> Any:
         probed = _Probe.apply(y, x.detach().to(y.dtype), weight, bias, recorder, path)  # type: ignore[no-untyped-call]
         return cast(Tensor, probed)
 
-    return forward
+    # a compiled graph would freeze the probe in the state it had when it was traced
+    why = "the probes of PCR's fast path run uncompiled; for fullgraph=True use norms='loop'"
+    return torch.compiler.disable(forward, reason=why)  # type: ignore[no-untyped-call]
 
 
 _SAFE = (1e-12, 1e12)

@@ -106,10 +106,11 @@ def per_response(
 def backward_others(logp: Tensor, cotangents: Sequence[Tensor], others: Sequence[nn.Parameter]) -> None:
     """Add the summed stream's gradient of the parameters outside the blocks to their .grad; frees the graph."""
     summed = sum(cotangents[1:], start=cotangents[0])
+    others = [p for p in others if p.requires_grad]
     if not others:
         return
     for parameter, gradient in zip(
-        others, torch.autograd.grad(logp, list(others), grad_outputs=summed, allow_unused=True), strict=True
+        others, torch.autograd.grad(logp, others, grad_outputs=summed, allow_unused=True), strict=True
     ):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

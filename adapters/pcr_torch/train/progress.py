@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from pcr_torch.report import Report
+from pcr_torch.train.settings import replace_text
 
 SHOWN = ("reward", "kl", "loss", "grad_norm", "learning_rate", "completions/mean_length", "completions/clipped_ratio")
 
@@ -28,7 +29,7 @@ class MetricsFile:
     def truncate(self, last_step: int) -> None:
         """Keeps the steps up to `last_step`: those that a resumed run will not take again."""
         kept = [row for row in read_metrics(self.path) if row["step"] <= last_step] if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
         bad: list[str] = []

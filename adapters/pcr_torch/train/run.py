@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from pcr_torch.train import models, plots
 from pcr_torch.train.evaluate import Evaluation, Exam
 from pcr_torch.train.progress import MetricsCallback, MetricsFile, ProgressCallback, read_metrics
-from pcr_torch.train.settings import Settings
+from pcr_torch.train.settings import Settings, replace_text
 from pcr_torch.train.tasks import Problem, Task, load_task
 from pcr_torch.train.trainer import make_trainer, response_limit
 
@@ -83,7 +83,7 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, console: Co
 
     with console.status("measuring the model after training"):
         after = exam.measure(trainer.model, tokenizer, known)
-    (folder / "after.json").write_text(json.dumps(after.to_json()) + "\n", encoding="utf-8")
+    replace_text(folder / "after.json", json.dumps(after.to_json()) + "\n")
     plot = plots.draw(read_metrics(metrics.path), folder / "plot.png", title=_title(settings))
     other = exam.other.name if exam.other else ""
     saved = last_checkpoint(folder)
@@ -92,9 +92,16 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, console: Co
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
-    return max(found, key=_step_of, default=None)
+    """The newest complete checkpoint of a run: a kill may have left a half-written one."""
+    return max(filter(_is_complete, folder.glob("checkpoint-*")), key=_step_of, default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # what the trainer writes last
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _step_of(checkpoint: Path | None) -> int:
@@ -150,7 +157,7 @@ def _before(exam: Exam, model: Any, tokenizer: Any, file: Path, resume: bool) ->
     known = exam.known(model, tokenizer)
     before = exam.measure(model, tokenizer, known)
     values = {**before.to_json(), "known": [p.question for p in known]}
-    file.write_text(json.dumps(values) + "\n", encoding="utf-8")
+    replace_text(file, json.dumps(values) + "\n")
     return before, known
 
 

@@ -96,7 +96,7 @@ class Settings:
             )
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Settings:
@@ -111,6 +111,13 @@ class Settings:
         """Fields in which two runs differ, other than those that may change on --resume."""
         names = [f.name for f in fields(self) if f.name not in EXTENDABLE]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one move: a run killed meanwhile leaves the old one or the new one, never half of it."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
