@@ -14,8 +14,9 @@ import pcr_core
 from pcr_core import BlockStatistics, Objective, Rule, Scatter, TemporalPrior
 from pcr_core.statistics import Strata
 from pcr_torch.blocks import Granularity, Selector, select_blocks
+from pcr_torch.combine import add_combination, gradient_products
 from pcr_torch.probe import Recorder
-from pcr_torch.pullback import Pulled, backward_others, inner, per_response, total_dtype, wide_dtype
+from pcr_torch.pullback import Pulled, backward_others, per_response, total_dtype, wide_dtype
 from pcr_torch.report import Report
 
 Norms = Literal["auto", "fast", "loop"]
@@ -160,7 +161,7 @@ class PCR:
         plasticity, stability = self._totals
         for k, (name, parameter) in enumerate(self._parameters.items()):
             block = int(self._block_of[k])
-            _write(parameter, plasticity.pop(name, None), stability.pop(name, None), a[block], b[block])
+            add_combination(parameter, plasticity.pop(name, None), stability.pop(name, None), a[block], b[block])
         self._totals, self._scatter = ({}, {}), None
         return Report(self.blocks, weights, statistics)
 
@@ -236,18 +237,15 @@ class PCR:
         device = next(iter(self._parameters.values())).device
         rows = []
         for name, parameter in self._parameters.items():
-            zero = torch.zeros((), dtype=wide_dtype(parameter.device), device=parameter.device)
-            rows.append(
-                torch.stack(
-                    [
-                        inner(p[name], p[name]) if name in p else zero,
-                        inner(s[name], s[name]) if name in s else zero,
-                        inner(p[name], s[name]) if name in p and name in s else zero,
-                        zero + parameter.numel(),
-                    ]
-                ).to(device)
-            )
+            products = torch.zeros(3, dtype=wide_dtype(parameter.device), device=parameter.device)
+            if name in p and name in s:
+                products = gradient_products(p[name], s[name])
+            elif name in p or name in s:
+                alone = 0 if name in p else 1
+                products[alone] = gradient_products((p, s)[alone][name], (p, s)[alone][name])[0]
+            rows.append(products.to(device))
         sums = self._per_block(torch.stack(rows).to("cpu", torch.float64).T.contiguous())
+        sizes = torch.tensor([parameter.numel() for parameter in self._parameters.values()], dtype=torch.float64)
         return BlockStatistics(
             plasticity_sq=sums[0],
             stability_sq=sums[1],
@@ -255,7 +253,7 @@ class PCR:
             plasticity_var=scatter.plasticity_var.double(),
             stability_var=scatter.stability_var.double(),
             covariance=scatter.covariance.double(),
-            size=sums[3],
+            size=self._per_block(sizes),
         )
 
     def _filter(self, rule: pcr_core.PCR, statistics: BlockStatistics[Tensor]) -> pcr_core.Weights[Tensor]:
@@ -287,19 +285,6 @@ class PCR:
         self._prior = state
         scatter = Scatter(posteriors[0].variance, posteriors[1].variance, statistics.covariance)
         return rule.project(self._statistics(self._totals, scatter))
-
-
-def _write(parameter: nn.Parameter, p: Tensor | None, s: Tensor | None, a: float, b: float) -> None:
-    """parameter.grad += a p + b s, reusing p's memory."""
-    if p is None and s is None:
-        return
-    update = torch.zeros_like(parameter, dtype=total_dtype(parameter)) if p is None else p.mul_(a)
-    if s is not None:
-        update.add_(s, alpha=b)
-    elif not math.isfinite(b):
-        update.add_(b)
-    update = update.to(parameter.dtype)
-    parameter.grad = update if parameter.grad is None else parameter.grad + update
 
 
 def _check_batch(logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor, strata: Strata) -> Tensor:

@@ -115,7 +115,6 @@ class _Cut(torch.autograd.Function):
 def segments(output: Tensor, cuts: Cuts) -> tuple[Segment, ...]:
     """The segments of output's graph from the top; a single one, to the leaves, where cuts do not separate it."""
     found: list[Segment] = []
-    earlier: set[Node] = set()
     awaited: set[int] = set()
     root: GradientEdge | None = None
     while True:
@@ -123,13 +122,12 @@ def segments(output: Tensor, cuts: Cuts) -> tuple[Segment, ...]:
         # autograd accumulates a leaf's gradient once all its uses have been seen, and a segment sees only its own
         shared = awaited & (reached.leaves | reached.probed)
         early = any(not _all_later(reached.nodes, end) for end in reached.cuts)
-        if len(reached.cuts) > 1 or reached.nodes & earlier or shared or early:
+        if len(reached.cuts) > 1 or shared or early:
             return (Segment(None, None),)
         cut = next(iter(reached.cuts), None)
         found.append(Segment(root, cut, frozenset(reached.leaves), frozenset(reached.probed)))
         if cut is None:
             return tuple(found)
-        earlier |= reached.nodes
         awaited |= reached.leaves
         under, output_nr = cut.next_functions[0]
         root = GradientEdge(cast(Node, under), output_nr)

@@ -1,0 +1,60 @@
+"""Two totals in, their inner products or their weighted sum out; without memory of a gradient's size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pcr_torch.pullback import inner, total_dtype, wide_dtype
+
+_PART = 1 << 17  # float32 dot products of this length err by some 1e-7 of |a||b|; their operands stay in a cache
+_NEARLY_ORTHOGONAL = 1e-2
+_SAFE = (1e-28, 1e36)  # squares of a gradient that float32 holds without loss
+_CHUNK = 1 << 24  # float64 copies held at once on an accelerator
+
+
+def gradient_products(p: Tensor, s: Tensor) -> Tensor:
+    """(3,) |p|^2, |s|^2 and p.s of two gradients, to 1e-6 of each, in float64.
+
+    On a CPU sums are float32 within short parts and float64 across them. Where that would lose digits (p.s small
+    against |p||s|, squares near the ends of float32) they are taken again with products in float64.
+    """
+    x, y = p.detach().reshape(-1), s.detach().reshape(-1)
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return _wide_products(x, y, _CHUNK)
+    dots: list[Tensor] = []
+    for a, b in zip(torch.split(x, _PART), torch.split(y, _PART)):
+        dots += (torch.dot(a, a), torch.dot(b, b), torch.dot(a, b))
+    sums = torch.stack(dots).view(-1, 3).double().sum(dim=0)
+    pp, ss, ps = sums.tolist()
+    if not (_SAFE[0] < pp < _SAFE[1] and _SAFE[0] < ss < _SAFE[1]):
+        return _wide_products(x, y, _PART)
+    if abs(ps) < _NEARLY_ORTHOGONAL * math.sqrt(pp * ss):
+        sums[2] = inner(x, y)
+    return sums
+
+
+def _wide_products(x: Tensor, y: Tensor, part: int) -> Tensor:
+    wide = wide_dtype(x.device)
+    rows = []
+    for a, b in zip(torch.split(x, part), torch.split(y, part)):
+        u, v = a.to(wide), b.to(wide)
+        rows.append(torch.stack([torch.dot(u, u), torch.dot(v, v), torch.dot(u, v)]))
+    return torch.stack(rows).sum(dim=0)
+
+
+def add_combination(parameter: nn.Parameter, p: Tensor | None, s: Tensor | None, a: float, b: float) -> None:
+    """parameter.grad += a p + b s, in p's memory."""
+    if p is None and s is None:
+        return
+    update = torch.zeros_like(parameter, dtype=total_dtype(parameter)) if p is None else p
+    if p is not None and a != 1:
+        update.mul_(a)
+    if s is not None:
+        update.add_(s, alpha=b)
+    elif not math.isfinite(b):
+        update.add_(b)
+    update = update.to(parameter.dtype)
+    parameter.grad = update if parameter.grad is None else parameter.grad + update

@@ -1,0 +1,60 @@
+"""Inner products of long gradients against exact sums, and the combination in place."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pcr_torch.combine import add_combination, gradient_products
+
+SIZE = 300_001  # three parts, the last of them short
+
+
+def pair(cosine: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    p, noise = (torch.randn(SIZE, generator=generator) for _ in range(2))
+    noise -= p * ((p.double() @ noise.double()) / (p.double() @ p.double())).float()
+    s = cosine * p + math.sqrt(1 - cosine**2) * noise
+    return p * scale, s * scale / 30
+
+
+def exact(a: Tensor, b: Tensor) -> float:
+    return math.fsum((a.double() * b.double()).tolist())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e18], ids=["ordinary", "squares vanish", "squares overflow"])
+@pytest.mark.parametrize("cosine", [-0.5, -0.02, -1e-3, -1e-6, 0.0])
+def test_products_to_six_digits(cosine: float, scale: float) -> None:
+    p, s = pair(cosine, scale)
+    pp, ss, ps = gradient_products(p, s).tolist()
+    assert pp == pytest.approx(exact(p, p), rel=1e-6)
+    assert ss == pytest.approx(exact(s, s), rel=1e-6)
+    bound = 8 * SIZE * 2**-53 * math.fsum((p.double() * s.double()).abs().tolist())
+    assert abs(ps - exact(p, s)) <= 1e-6 * abs(exact(p, s)) + bound
+
+
+def test_products_of_nothing_and_of_what_is_not_finite() -> None:
+    p, s = pair(-0.5)
+    assert gradient_products(p, torch.zeros_like(s)).tolist()[1:] == [0.0, 0.0]
+    s[7] = torch.nan
+    found = gradient_products(p, s)
+    assert bool(torch.isfinite(found[0]))
+    assert bool(found[1:].isnan().all())
+
+
+@pytest.mark.parametrize("a", [1.0, 0.25])
+def test_combination_adds_to_grad_in_place(a: float) -> None:
+    p, s = pair(-0.5)
+    expected = 1 + a * p + 3.0 * s
+    parameter = nn.Parameter(torch.zeros(SIZE))
+    parameter.grad = torch.ones(SIZE)
+    add_combination(parameter, p, s, a, 3.0)
+    torch.testing.assert_close(parameter.grad, expected)
+    fresh = nn.Parameter(torch.zeros(SIZE))
+    p, s = pair(-0.5)
+    add_combination(fresh, p, s, a, 3.0)
+    assert fresh.grad is not None
+    assert fresh.grad.data_ptr() == p.data_ptr()

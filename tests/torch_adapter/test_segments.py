@@ -1,0 +1,154 @@
+"""The graph is cut where it can be, both streams stay exact where it cannot, and merge below the lowest block."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from problems import batch, tiny_model
+from test_pullback import assert_gradients_close, assert_statistics_close, pull
+from torch import Tensor, nn
+
+from pcr_torch import PCR
+from pcr_torch.probe import Recorder
+from pcr_torch.segments import segments
+
+
+def chain_length(model: nn.Module, blocks: str = "mlp") -> int:
+    method = PCR(model, blocks=blocks, norms="fast")
+    assert method._recorder is not None
+    logp = batch().logp(model)
+    length = len(segments(logp, method._recorder._cuts))
+    method.remove()
+    return length
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_a_segment_a_layer_and_one_at_either_end(architecture: str) -> None:
+    assert chain_length(tiny_model(architecture)) == 4
+
+
+def test_no_cut_below_the_lowest_block() -> None:
+    assert chain_length(tiny_model("llama"), r"layers\.1\.mlp") == 3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_streams_merge_below_the_lowest_block(architecture: str) -> None:
+    model = tiny_model(architecture)
+    blocks = r"(layers|h)\.1\.mlp.*weight"
+    fast, fast_grads = pull(model, batch(), "fast", blocks=blocks)
+    loop, loop_grads = pull(model, batch(), "loop", blocks=blocks)
+    assert_statistics_close(fast.statistics, loop.statistics, 1e-5)
+    assert_gradients_close(fast_grads, loop_grads, 1e-4)
+
+
+def test_layers_below_are_visited_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = tiny_model("llama"), batch()
+    visits: list[str] = []
+    arrived = Recorder._arrived
+
+    def counted(self: Recorder, path: str, x: Tensor, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        visits.append(path)
+        return arrived(self, path, x, dy)
+
+    monkeypatch.setattr(Recorder, "_arrived", counted)
+    pull(model, data, "fast", blocks=r"layers\.1\.mlp")
+    assert visits.count("model.layers.1.mlp.up_proj") == 2
+    assert visits.count("model.layers.0.mlp.up_proj") == 1
+
+
+class Skipping(nn.Module):
+    """A skip connection around the layers, so that their inputs do not separate the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.embed = nn.Embedding(31, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 31)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        first = hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden = torch.tanh(layer(hidden) + first)
+        out: Tensor = self.head(hidden)
+        return out
+
+
+class Sharing(Skipping):
+    """One norm for all layers: its gradient has parts from several segments."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden = torch.tanh(layer(self.norm(hidden)))
+        out: Tensor = self.head(self.norm(hidden))
+        return out
+
+
+class Ahead(Skipping):
+    """Something computed before the layers and used after them, with a leaf of its own."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden, late = self.embed(tokens), self.norm.weight * 2.0
+        for layer in self.layers:
+            hidden = torch.tanh(layer(hidden))
+        out: Tensor = self.head(hidden * late)
+        return out
+
+
+def logp_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("kind", [Skipping, Sharing, Ahead])
+def test_what_crosses_the_layers_is_seen(kind: type[Skipping]) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    tokens = torch.randint(31, (6, 5))
+    ids = torch.tensor([0, 0, 0, 1, 1, 1])
+    cotangents = torch.randn(2, 6, 4)
+    results = {}
+    for norms in ("fast", "loop"):
+        model.zero_grad()
+        method = PCR(model, blocks=r"layers\.\d.weight", norms=norms)  # type: ignore[arg-type]
+        logp = logp_of(model, tokens)
+        if method._recorder is not None:
+            assert len(segments(logp, method._recorder._cuts)) == 1
+        method.accumulate_cotangents(logp, cotangents[0], cotangents[1], group_ids=ids)
+        report = method.resolve()
+        method.remove()
+        results[norms] = report, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert_statistics_close(results["fast"][0].statistics, results["loop"][0].statistics, 1e-5)
+    assert_gradients_close(results["fast"][1], results["loop"][1], 1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_an_ordinary_backward_pass_is_left_alone(architecture: str) -> None:
+    model, data = tiny_model(architecture), batch()
+    data.logp(model).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    method = PCR(model)
+    data.logp(model).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    method.remove()
+    assert_gradients_close(found, expected, 1e-6)
+
+
+def test_nothing_keeps_a_dropped_graph_alive() -> None:
+    model = tiny_model("llama")
+    method = PCR(model)
+    seen: list[weakref.ref[Tensor]] = []
+    hook = model.model.layers[1].mlp.act_fn.register_forward_hook(
+        lambda _module, _args, out: seen.append(weakref.ref(out))
+    )  # type: ignore[union-attr, operator]
+    logp = batch().logp(model)
+    hook.remove()
+    assert seen[0]() is not None
+    del logp
+    gc.collect()
+    assert seen[0]() is None
+    method.remove()
