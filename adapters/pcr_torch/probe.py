@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pcr_torch.distributed import local, reduce_scatter
 from pcr_torch.products import bias_products, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, total_dtype, wide_dtype
 
@@ -154,7 +155,8 @@ class Recorder:
             self._pulled.response[:, :, self._index[name]] = products.response * factors
             self._pulled.stratum[:, :, self._index[name]] = products.stratum * factors
             for total, part, scale in zip(self._pulled.totals, products.totals, scales, strict=True):
-                total[name] = part.to(total_dtype(parameter)).mul_(scale.to(total_dtype(parameter)))
+                whole = part.to(total_dtype(parameter)).mul_(scale.to(total_dtype(parameter)))
+                total[name] = reduce_scatter(whole, parameter)
 
 
 def _is_narrow(module: nn.Module) -> bool:
@@ -163,7 +165,7 @@ def _is_narrow(module: nn.Module) -> bool:
 
 
 def _version(grad: Tensor | None) -> tuple[int, int] | None:
-    return None if grad is None else (id(grad), grad._version)
+    return None if grad is None else (id(grad), local(grad)._version)
 
 
 def _probed_forward(recorder: Recorder, path: str) -> Any:
