@@ -88,8 +88,8 @@ def unwrap(model: nn.Module, process_group: dist.ProcessGroup | None) -> tuple[n
         return model, Ranks((process_group,), next(model.parameters()).device)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
-            f"model: it is not wrapped, but a process group of {dist.get_world_size()} ranks is initialised. Wrap it in "
-            "DistributedDataParallel or fully_shard first, then make PCR of that; or give process_group=, the ranks "
+            f"model: it is not wrapped, but a process group of {dist.get_world_size()} ranks is initialised. Wrap it "
+            "in DistributedDataParallel or fully_shard first, then make PCR of that; or give process_group=, the ranks "
             "with copies of this model, and PCR averages over them itself"
         )
     return model, None

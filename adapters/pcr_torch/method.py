@@ -29,9 +29,9 @@ _NOTHING = "resolve() before accumulate(): there are no gradients to resolve"
 class PCR:
     """Resolves the plasticity and the stability gradient of a model into `.grad`.
 
-    On several processes gradients are means over the ranks, as with DDP and FSDP: `loss.backward()` of each rank's share
-    becomes `accumulate` on each rank and one `resolve`, after which all ranks hold the same report and update. Groups
-    may be spread over ranks as long as each holds two or more responses of one. Make PCR after wrapping or sharding.
+    On several processes gradients are means over the ranks, as with DDP and FSDP: each rank's `loss.backward()` becomes
+    `accumulate`, with the same loss, and `resolve`, after which all ranks hold the same report and update. A group may
+    be spread over ranks as long as each of them holds two or more of its responses. Wrap or shard first, then make PCR.
 
     Args:
         model: a torch module. Layers that hold block parameters get their `forward` wrapped until `remove()`; outside
@@ -108,8 +108,8 @@ class PCR:
             )
         if self._sharded and (norms == "loop" or recorder.uncovered):
             raise ValueError(
-                "norms='loop' differentiates by whole weights, which a sharded model does not have; use norms='fast' and "
-                f"blocks in plain linear layers (outside of them: {list(recorder.uncovered[:3])}), or no sharding"
+                "norms='loop' differentiates by whole weights, which a sharded model does not have; use norms='fast' "
+                f"and blocks in plain linear layers (outside of them: {list(recorder.uncovered[:3])}), or no sharding"
             )
         self._recorder = None if norms == "loop" or recorder.uncovered else recorder
         if self._recorder is not None:

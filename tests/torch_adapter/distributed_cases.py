@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pcr_torch import PCR
+from pcr_torch import PCR, distributed
 from problems import Batch, tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -247,6 +247,16 @@ def _(rank: int) -> dict[str, Any]:
     return _use(PCR(model, blocks="expert", rule=RULE), model, (rank,), 0.5)
 
 
+@case("ddp, small buckets", lambda: alone(llama()))
+def _(rank: int) -> dict[str, Any]:
+    """Some tensors larger than a bucket, some that share one."""
+    usual, distributed.BUCKET_BYTES = distributed.BUCKET_BYTES, 2000
+    try:
+        return split(rank, ddp(llama()))
+    finally:
+        distributed.BUCKET_BYTES = usual
+
+
 @case("a rank without data", lambda: alone(llama()))
 def _(rank: int) -> dict[str, Any]:
     model = ddp(llama())
@@ -340,6 +350,8 @@ def _(rank: int) -> dict[str, Any]:
     sharded = fsdp(llama())
     beside = fsdp(llama())
     seen = PCR(beside)
+    accumulate(seen, beside, ROWS[rank], GROUPS)
+    seen.resolve()  # leaves a .grad, so that the next is added in place
     up = beside.get_submodule("model.layers.0.mlp.up_proj")
     up.register_forward_hook(lambda module, _, y: y + 0 * module.weight.sum())
     attempts: dict[str, Callable[[], Any]] = {
