@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +136,30 @@ def reduce_scatter(total: Tensor, parameter: Tensor) -> Tensor:
     mesh = parameter.device_mesh
     whole = DTensor.from_local(total.div_(mesh.size()), mesh, [Partial()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=parameter.placements).to_local().to(parameter.to_local().device)
+
+
+@contextmanager
+def kept_whole(model: nn.Module) -> Iterator[None]:
+    """During a backward pass that another follows: weights that FSDP holds whole before it are whole after it.
+
+    FSDP gathers for a pass what it saw go through a module's forward. A head that a fused kernel reads (as in TRL) was
+    gathered by hand, and would be missing in the second pass. What is whole now takes no more memory than it did.
+    """
+    whole = [module for module in model.modules() if isinstance(module, FSDPModule) and _is_whole(module)]
+    for module in whole:
+        module.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in whole:
+            module.set_reshard_after_backward(True, recurse=False)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether the module, but for modules that are sharded by themselves, has its parameters gathered."""
+    if any(not isinstance(p, DTensor) for p in module.parameters(recurse=False)):
+        return True
+    return any(_is_whole(child) for child in module.children() if not isinstance(child, FSDPModule))
 
 
 def average(tensors: Iterable[Tensor], ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ Activations are saved through autograd, so gradient checkpointing, autocast and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any, Literal, cast
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pcr_torch.distributed import local, reduce_scatter
+from pcr_torch.distributed import kept_whole, local, reduce_scatter
 from pcr_torch.products import bias_products, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, total_dtype, wide_dtype
 
@@ -40,6 +41,7 @@ class Recorder:
     """Installs probes on the model's linear layers, and collects what they measure on block parameters."""
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        self._model = model
         self._parameters = parameters
         self._index = {name: k for k, name in enumerate(parameters)}
         self._pass: Literal["off", "keep", "measure"] = "off"
@@ -83,7 +85,8 @@ class Recorder:
                 last = stream == len(cotangents) - 1
                 self._pass = "measure" if last else "keep"
                 self._seen.clear()
-                torch.autograd.backward(logp, cotangent, retain_graph=not last)
+                with nullcontext() if last else kept_whole(self._model):
+                    torch.autograd.backward(logp, cotangent, retain_graph=not last)
             if self._kept:
                 raise RuntimeError(f"the two backward passes saw different layers: {sorted(self._kept)}")
             self._refuse_bypass(before)
