@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pcr_torch.distributed import like, local
 from pcr_torch.pullback import inner, total_dtype, wide_dtype
 
 _PART = 1 << 17  # float32 dot products of this length err by some 1e-7 of |a||b|; their operands stay in a cache
@@ -46,15 +47,15 @@ def _wide_products(x: Tensor, y: Tensor, part: int) -> Tensor:
 
 
 def add_combination(parameter: nn.Parameter, p: Tensor | None, s: Tensor | None, a: float, b: float) -> None:
-    """parameter.grad += a p + b s, in p's memory."""
+    """parameter.grad += a p + b s, in p's memory; of a sharded parameter p and s are this rank's shards."""
     if p is None and s is None:
         return
-    update = torch.zeros_like(parameter, dtype=total_dtype(parameter)) if p is None else p
+    update = torch.zeros_like(local(parameter), dtype=total_dtype(parameter)) if p is None else p
     if p is not None and a != 1:
         update.mul_(a)
     if s is not None:
         update.add_(s, alpha=b)
     elif not math.isfinite(b):
         update.add_(b)
-    update = update.to(parameter.dtype)
+    update = like(update.to(parameter.dtype), parameter)
     parameter.grad = update if parameter.grad is None else parameter.grad + update

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import pcr_core
 from pcr_core import BlockStatistics, Objective, Rule, Scatter, TemporalPrior
 from pcr_core.statistics import Strata
 from pcr_torch.blocks import Granularity, Selector, select_blocks
 from pcr_torch.combine import add_combination, gradient_products
+from pcr_torch.distributed import average, like, local, split, unwrap
 from pcr_torch.probe import Recorder
 from pcr_torch.pullback import Pulled, backward_others, per_response, total_dtype, wide_dtype
 from pcr_torch.report import Report
 
 Norms = Literal["auto", "fast", "loop"]
 _STREAMS = ("plasticity", "stability")
+_NOTHING = "resolve() before accumulate(): there are no gradients to resolve"
 
 
 class PCR:
     """Resolves the plasticity and the stability gradient of a model into `.grad`.
 
+    On several processes gradients are means over the ranks, as with DDP and FSDP: each rank's `loss.backward()` becomes
+    `accumulate`, with the same loss, and `resolve`, after which all ranks hold the same report and update. A group may
+    be spread over ranks as long as each of them holds two or more of its responses. Wrap or shard first, then make PCR.
+
     Args:
-        model: a torch module on one process. Layers that hold block parameters get their `forward` wrapped until
-            `remove()`; outside `accumulate` they behave as before.
+        model: a torch module. Layers that hold block parameters get their `forward` wrapped until `remove()`; outside
+            `accumulate` they behave as before. In DistributedDataParallel: bound to its module; DDP's own reduction is
+            off until `remove()`, `resolve` does it (DDP's communication hooks and broadcast of buffers do not run).
+            Under `fully_shard`: gradients of block weights are reduce-scattered one at a time where they arise, and
+            `.grad` is a DTensor like the parameter.
         blocks: "mlp", "all", a regular expression on parameter names, or a callable, see `select_blocks`.
         granularity: a block per "tensor", "module", "layer" or "global".
         rule: any `pcr_core.Rule`; `pcr_core.PCR()` by default.
@@ -36,10 +47,11 @@ class PCR:
         norms: how per-response norms are had. "fast" measures them in the backward pass of linear layers; "loop" runs
             one backward pass per response and stream; "auto" is "fast" where every block parameter sits in a plain
             linear layer, else "loop".
+        process_group: for plain copies of a model on several processes: the ranks to average over.
 
     Raises:
-        ValueError: blocks match nothing, norms="fast" with parameters outside plain linear layers, or a model wrapped
-            for distributed training.
+        ValueError: blocks match nothing, norms="fast" with parameters outside plain linear layers, norms="loop" of a
+            sharded model, or a wrapper that is not supported, with the reason.
 
     Example:
         A policy with two tokens' worth of freedom; two prompts, two responses each.
@@ -73,35 +85,46 @@ class PCR:
         rule: Rule = pcr_core.PCR(),
         strata: Strata = "group",
         norms: Norms = "auto",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not callable(rule):
             raise TypeError(f"rule: expected a pcr_core rule such as pcr_core.PCR(), got {rule!r}")
         for name, value, options in (("strata", strata, Strata), ("norms", norms, Norms)):
             if value not in get_args(options):
                 raise ValueError(f"{name}: expected one of {get_args(options)}, got {value!r}")
-        _refuse_distributed(model)
-        self.model = model
+        self.model, self._ranks = unwrap(model, process_group)
+        self._ddp = model if isinstance(model, DistributedDataParallel) else None
         self.rule = rule
         self.strata = strata
-        self.blocks = select_blocks(model, blocks, granularity)
-        named = dict(model.named_parameters())
+        self.blocks = select_blocks(self.model, blocks, granularity)
+        named = dict(self.model.named_parameters())
         self._parameters = {name: named[name] for block in self.blocks for name in block.parameters}
         self._others = [p for name, p in named.items() if name not in self._parameters]
-        recorder = Recorder(model, self._parameters)
+        self._sharded = self._ranks is not None and self._ranks.sharded
+        recorder = Recorder(self.model, self._parameters)
         if norms == "fast" and recorder.uncovered:
             raise ValueError(
                 f"norms='fast' measures plain linear layers only, and {recorder.uncovered[0]} is in none, or tied "
                 f"({len(recorder.uncovered)} such parameters); use norms='loop' or other blocks"
+            )
+        if self._sharded and (norms == "loop" or recorder.uncovered):
+            raise ValueError(
+                "norms='loop' differentiates by whole weights, which a sharded model does not have; use norms='fast' "
+                f"and blocks in plain linear layers (outside of them: {list(recorder.uncovered[:3])}), or no sharding"
             )
         self._recorder = None if norms == "loop" or recorder.uncovered else recorder
         if self._recorder is not None:
             self._recorder.install()
         self.norms: Literal["fast", "loop"] = "loop" if self._recorder is None else "fast"
         index = {name: b for b, block in enumerate(self.blocks) for name in block.parameters}
+        ignored = set() if self._ddp is None else self._ddp.parameters_to_ignore
+        self._averaged = [p for name, p in named.items() if p.requires_grad and name not in ignored]
         self._block_of = torch.tensor([index[name] for name in self._parameters])
         self._totals: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._scatter: Scatter[Tensor] | None = None
         self._prior: dict[str, Any] | None = None
+        if self._ddp is not None:
+            self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = False
 
     def accumulate(self, logp: Tensor, objective: Objective[Tensor], *, group_ids: Tensor) -> None:
         """Both streams of one micro-batch: two backward passes over logp's graph, which is freed.
@@ -147,12 +170,16 @@ class PCR:
         Like a backward pass it adds to a `.grad` that is there, so gradients of further losses are kept: zero them once
         a step, as always. A block whose gradients are not finite gets a non-finite update and is named in the report.
 
+        On several processes a collective call.
+
         Raises:
             RuntimeError: nothing was accumulated.
         """
-        if self._scatter is None:
-            raise RuntimeError("resolve() before accumulate(): there are no gradients to resolve")
-        statistics = self._statistics(self._totals, self._scatter)
+        if self._ranks is not None and not self._sharded:
+            self._average()
+        elif self._scatter is None:
+            raise RuntimeError(_NOTHING)
+        statistics = self._statistics(self._totals, self._scatter or self._no_scatter())
         if isinstance(self.rule, pcr_core.PCR) and isinstance(self.rule.prior, TemporalPrior):
             weights = self._filter(self.rule, statistics)
         else:
@@ -173,15 +200,23 @@ class PCR:
         """Give the model's layers their own forward back. The object cannot be used afterwards."""
         if self._recorder is not None:
             self._recorder.remove()
+        if self._ddp is not None:
+            self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold: the temporal prior's means and variances (empty for other priors)."""
+        """What a checkpoint has to hold: the temporal prior's means and variances (empty for other priors).
+
+        Of a sharded model the means are DTensors like its parameters, as `torch.distributed.checkpoint` wants them.
+        """
         if self._totals[0] or self._totals[1]:
             raise RuntimeError("state_dict() between accumulate() and resolve(): resolve or discard first")
-        return {"prior": self._prior, "blocks": [block.name for block in self.blocks]}
+        return {"prior": self._with_means(like), "blocks": [block.name for block in self.blocks]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; ValueError if it belongs to other blocks."""
+        """Continue from `state_dict()`; ValueError if it belongs to other blocks.
+
+        Means may be whole tensors too, for any number of processes; DTensors have to be sharded as the model is.
+        """
         names = [block.name for block in self.blocks]
         if list(state["blocks"]) != names:
             raise ValueError(
@@ -189,9 +224,20 @@ class PCR:
                 f"this model has {len(names)} (first {names[:1]}); build PCR with the same blocks and granularity"
             )
         self._prior = state["prior"]
+        self._prior = self._with_means(split)
+
+    def _with_means(self, change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any] | None:
+        """The prior's state with change(mean, parameter) for each mean."""
+        if self._prior is None:
+            return None
+        return {
+            stream: {**kept, "mean": {name: change(m, self._parameters[name]) for name, m in kept["mean"].items()}}
+            for stream, kept in self._prior.items()
+        }
 
     def _pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> None:
         ids = _check_batch(logp, cotangents, group_ids, self.strata)
+        self._refuse_replaced()
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 raise ValueError(
@@ -225,36 +271,89 @@ class PCR:
         covariance = pcr_core.stratified_covariance(response[2], stratum[2], ids) if shared else nothing
         return Scatter(variances[0], variances[1], covariance)
 
+    def _no_scatter(self) -> Scatter[Tensor]:
+        """Of a rank that accumulated nothing."""
+        nothing = torch.zeros(len(self.blocks), dtype=torch.float64)
+        return Scatter(nothing, nothing, nothing)
+
     def _per_block(self, per_parameter: Tensor) -> Tensor:
         """(..., parameters) -> (..., blocks), summed."""
         out = torch.zeros(*per_parameter.shape[:-1], len(self.blocks), dtype=per_parameter.dtype)
         return out.index_add_(-1, self._block_of, per_parameter)
 
+    def _average(self) -> None:
+        """Totals and gradients become means over ranks: what some lack is zero there, what all lack stays absent."""
+        assert self._ranks is not None
+        held = [[name in totals for name in self._parameters] for totals in self._totals]
+        graded = [parameter.grad is not None for parameter in self._averaged]
+        anywhere = self._ranks.sum(torch.tensor([self._scatter is not None, *held[0], *held[1], *graded]).double())
+        accumulated, *present = (anywhere > 0).tolist()
+        if not accumulated:
+            raise RuntimeError(_NOTHING)
+        flags, tensors = iter(present), []
+        for totals in self._totals:
+            for name, parameter in self._parameters.items():
+                if next(flags):
+                    if name not in totals:
+                        totals[name] = torch.zeros_like(parameter, dtype=total_dtype(parameter))
+                    tensors.append(totals[name])
+        for parameter in self._averaged:
+            if next(flags):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                tensors.append(parameter.grad)
+        average(tensors, self._ranks)
+
+    def _refuse_replaced(self) -> None:
+        for name, parameter in self._parameters.items():
+            owner, _, attribute = name.rpartition(".")
+            now = getattr(self.model.get_submodule(owner), attribute, None)
+            if now is not parameter and (isinstance(now, DTensor) or not self._sharded):
+                raise ValueError(
+                    f"{name} is not the parameter that PCR(model) was made with; sharding, moving or loading the model "
+                    "replaced it. Make PCR(model) after that, and before the forward pass"
+                )
+
     def _statistics(
-        self, totals: tuple[dict[str, Tensor], dict[str, Tensor]], scatter: Scatter[Tensor]
+        self,
+        totals: tuple[dict[str, Tensor], dict[str, Tensor]],
+        scatter: Scatter[Tensor],
+        *,
+        merged: bool = False,
     ) -> BlockStatistics[Tensor]:
+        """Of the whole batch; `merged`: the scatter is that of all ranks already, not of this one."""
+        products, size = self._products(totals)
+        noise = torch.stack([scatter.plasticity_var, scatter.stability_var, scatter.covariance]).double()
+        if self._ranks is not None:
+            sums = self._ranks.sum(torch.cat([products, noise]))
+            products, noise = sums[:3], noise if merged else sums[3:] / self._ranks.world**2
+        return BlockStatistics(
+            plasticity_sq=products[0],
+            stability_sq=products[1],
+            dot=products[2],
+            plasticity_var=noise[0],
+            stability_var=noise[1],
+            covariance=noise[2],
+            size=size,
+        )
+
+    def _products(self, totals: tuple[dict[str, Tensor], dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Inner products (3, blocks) of the streams' totals, of them what this rank has to count; sizes (blocks,)."""
         p, s = totals
         device = next(iter(self._parameters.values())).device
         rows = []
-        for name, parameter in self._parameters.items():
+        for k, (name, parameter) in enumerate(self._parameters.items()):
+            share = 1.0 if self._ranks is None else self._ranks.share(k, parameter)
             products = torch.zeros(3, dtype=wide_dtype(parameter.device), device=parameter.device)
-            if name in p and name in s:
-                products = gradient_products(p[name], s[name])
-            elif name in p or name in s:
+            if share and name in p and name in s:
+                products = share * gradient_products(p[name], s[name])
+            elif share and (name in p or name in s):
                 alone = 0 if name in p else 1
-                products[alone] = gradient_products((p, s)[alone][name], (p, s)[alone][name])[0]
+                products[alone] = share * gradient_products((p, s)[alone][name], (p, s)[alone][name])[0]
             rows.append(products.to(device))
         sums = self._per_block(torch.stack(rows).to("cpu", torch.float64).T.contiguous())
         sizes = torch.tensor([parameter.numel() for parameter in self._parameters.values()], dtype=torch.float64)
-        return BlockStatistics(
-            plasticity_sq=sums[0],
-            stability_sq=sums[1],
-            dot=sums[2],
-            plasticity_var=scatter.plasticity_var.double(),
-            stability_var=scatter.stability_var.double(),
-            covariance=scatter.covariance.double(),
-            size=self._per_block(sizes),
-        )
+        return sums, self._per_block(sizes)
 
     def _filter(self, rule: pcr_core.PCR, statistics: BlockStatistics[Tensor]) -> pcr_core.Weights[Tensor]:
         """Replace the totals by the temporal prior's posterior means, and give the weights of those."""
@@ -273,7 +372,7 @@ class PCR:
                 gain = gains[int(self._block_of[k])]
                 mean = previous[stream]["mean"].get(name)
                 if mean is None:
-                    mean = torch.zeros_like(parameter, dtype=total_dtype(parameter))
+                    mean = torch.zeros_like(local(parameter), dtype=total_dtype(parameter))
                 mean = mean.to(parameter.device)
                 filtered = mean * (1 - gain)
                 if name in totals:
@@ -284,7 +383,7 @@ class PCR:
             state[stream] = {"mean": means, "variance": variance}
         self._prior = state
         scatter = Scatter(posteriors[0].variance, posteriors[1].variance, statistics.covariance)
-        return rule.project(self._statistics(self._totals, scatter))
+        return rule.project(self._statistics(self._totals, scatter, merged=True))
 
 
 def _check_batch(logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor, strata: Strata) -> Tensor:
@@ -320,13 +419,3 @@ def _check_batch(logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor
         )
     positions: Tensor = index
     return positions.cpu()
-
-
-def _refuse_distributed(model: nn.Module) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ValueError(
-            f"model: {type(model).__name__} synchronises each backward pass by itself, which mixes the two streams; "
-            "several processes are not supported yet"
-        )
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        raise ValueError("model: its parameters are sharded (FSDP2 or tensor parallel), which is not supported yet")

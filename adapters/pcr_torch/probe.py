@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from pcr_torch.distributed import kept_whole, local, reduce_scatter
 from pcr_torch.products import bias_products, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, total_dtype, wide_dtype
 from pcr_torch.segments import Cuts, layers_of, segments
@@ -42,6 +45,7 @@ class Recorder:
     """Installs probes on the model's linear layers, and collects what they measure on block parameters."""
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        self._model = model
         self._parameters = parameters
         self._index = {name: k for k, name in enumerate(parameters)}
         self._pass: Literal["off", "keep", "measure"] = "off"
@@ -49,7 +53,9 @@ class Recorder:
         self._kept: dict[str, Tensor] = {}
         self._seen: set[tuple[str, str]] = set()
         self._tied: set[int] = set()  # weights that layers of several segments share
-        self._cuts = Cuts(*layers_of(model, list(parameters)))
+        # FSDP schedules its gathering by whole backward passes
+        sharded = any(isinstance(p, DTensor) for p in parameters.values())
+        self._cuts = Cuts(*(([], None) if sharded else layers_of(model, list(parameters))))
         self._modules: dict[str, nn.Module] = {}
         # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
         self._members: dict[str, dict[str, str]] = {}
@@ -116,7 +122,8 @@ class Recorder:
             for stream, gradient in enumerate(gradients):
                 last = stream == len(gradients) - 1
                 self._pass = "measure" if last else "keep"
-                arrived.append(self._cuts.back(segment, logp, gradient, keep=not last))
+                with nullcontext() if last else kept_whole(self._model):
+                    arrived.append(self._cuts.back(segment, logp, gradient, keep=not last))
             gradients = [gradient for gradient in arrived if gradient is not None]
 
     def _refuse_bypass(self, before: dict[str, tuple[int, int] | None]) -> None:
@@ -189,7 +196,8 @@ class Recorder:
             self._pulled.stratum[:, :, self._index[name]] = products.stratum * factors
             for total, part, scale in zip(self._pulled.totals, products.totals, scales, strict=True):
                 part = part.to(total_dtype(parameter))
-                total[name] = part if scale.device.type == "cpu" and scale == 1 else part.mul_(scale.to(part.dtype))
+                whole = part if scale.device.type == "cpu" and scale == 1 else part.mul_(scale.to(part.dtype))
+                total[name] = reduce_scatter(whole, parameter)
 
 
 def _is_worthwhile(module: nn.Module, uses: Counter[int]) -> bool:
@@ -203,7 +211,7 @@ def _is_narrow(weight: Tensor) -> bool:
 
 
 def _version(grad: Tensor | None) -> tuple[int, int] | None:
-    return None if grad is None else (id(grad), grad._version)
+    return None if grad is None else (id(grad), local(grad)._version)
 
 
 def _probed_forward(recorder: Recorder, path: str) -> Any:

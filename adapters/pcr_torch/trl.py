@@ -17,16 +17,18 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import pcr_core
 from pcr_core.projection import Conflict, Gate, Update
 from pcr_core.statistics import Strata
-from pcr_torch.blocks import Granularity
+from pcr_torch.blocks import Granularity, select_blocks
 from pcr_torch.method import PCR, Norms
 from pcr_torch.report import Report
 
 try:
     import trl.trainer.utils as trl_utils
+    from accelerate import DistributedType
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
     raise ImportError("pcr_torch.trl needs TRL 1.16: pip install 'pcr-grpo[trl]'") from error
@@ -97,6 +99,10 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     norms and both noise-to-signal ratios; `last_report` holds the full `pcr_torch.Report`. Checkpoints carry the
     temporal prior's state.
 
+    Runs on one process or several, with DDP or FSDP2 (`fsdp_version: 2`): each process logs the same `pcr/` metrics, of
+    all processes. `method` is made when training starts, from the model as the accelerator prepared it (on one process
+    at once). Checkpoints hold whole tensors, so PCR's part of them can be resumed on another number of processes.
+
     Raises:
         TypeError: `args` is not a PCRConfig.
         ValueError: a setting under which the two gradients cannot be told apart, with the reason.
@@ -114,17 +120,43 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         _refuse_config(config)
         super().__init__(*args, **kwargs)
         _refuse_trainer(self)
+        self.method: PCR | None = None
+        self._bound: Any = None
+        if self.accelerator.distributed_type == DistributedType.NO:
+            self._bind(self.model)
+        else:  # the accelerator wraps the model, or replaces its parameters, when training starts
+            select_blocks(self.model, config.blocks, cast(Granularity, config.granularity))
+        self.last_report: Report | None = None
+        self._shared: _SharedForward | None = None
+        self._streams: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    # -- bound to the model as it is trained -----------------------------------------------------------------------
+
+    def _bind(self, model: Any) -> PCR:
+        """PCR of the prepared model; a new one, with the old one's state, where `train` wrapped the model again."""
+        if self.method is not None and self._bound is model:
+            return self.method
+        config, state = self.args, None
+        if self.method is not None:
+            state = self.method.state_dict()
+            self.method.remove()
+        self._bound = model
         self.method = PCR(
-            self.model,
+            model,
             blocks=config.blocks,
             granularity=cast(Granularity, config.granularity),
             rule=config.make_rule(),
             strata=cast(Strata, config.strata),
             norms=cast(Norms, config.norms),
         )
-        self.last_report: Report | None = None
-        self._shared: _SharedForward | None = None
-        self._streams: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        if state is not None:
+            self.method.load_state_dict(state)
+        return self.method
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._bind(self.model_wrapped)
+        return prepared
 
     # -- groups stay whole ---------------------------------------------------------------------------------------
 
@@ -132,7 +164,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         output = super()._generate_and_score_completions(inputs)
         count = self.num_generations if self.model.training else self.num_generations_eval
         n = output["completion_ids"].shape[0]
-        output[_GROUP_IDS] = torch.arange(n, device=output["completion_ids"].device) // count
+        first = self.accelerator.process_index * n  # a process holds a slice, which may begin within a group
+        output[_GROUP_IDS] = torch.arange(first, first + n, device=output["completion_ids"].device) // count
         return output
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -184,6 +217,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         with _backward_replaced(self.accelerator, self._accumulate):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
+            assert self.method is not None
             self.last_report = self.method.resolve()
             logged = self.last_report.metrics()
             if self.args.log_layers:
@@ -194,6 +228,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _accumulate(self, loss: Tensor, **_: Any) -> None:
         assert self._streams is not None
+        assert self.method is not None
         logp, plasticity, stability, group_ids = self._streams
         self._streams = None
         share = 1 / self.accelerator.gradient_accumulation_steps
@@ -202,11 +237,13 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        assert self.method is not None
+        state = _whole(self.method.state_dict())  # of shards a collective call
         # before the rest: the trainer deletes older checkpoints at the end, and a kill must find a complete one
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             os.makedirs(folder, exist_ok=True)
-            torch.save(self.method.state_dict(), os.path.join(folder, _STATE_FILE))
+            torch.save(state, os.path.join(folder, _STATE_FILE))
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -216,7 +253,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         path = os.path.join(checkpoint, _STATE_FILE)
         if not os.path.exists(path):
             raise ValueError(f"checkpoint: {path} is missing; {checkpoint} was not written by PCRTrainer")
-        self.method.load_state_dict(torch.load(path, weights_only=True))
+        self._bind(self.model_wrapped).load_state_dict(torch.load(path, weights_only=True))
 
 
 class _SharedForward:
@@ -246,6 +283,13 @@ def shuffle_groups(batch: dict[str, Any], group_ids: Tensor) -> dict[str, Any]:
         return value[rows.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in rows.tolist()]
 
     return {key: permute(value) for key, value in batch.items()}
+
+
+def _whole(state: Any) -> Any:
+    """A state whose sharded tensors are gathered, so that any number of processes can load it."""
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    return {key: _whole(value) for key, value in state.items()} if isinstance(state, dict) else state
 
 
 @contextmanager
@@ -278,6 +322,8 @@ def _refuse_config(config: PCRConfig) -> None:
     if config.loss_type not in SEPARABLE_LOSSES:
         raise ValueError(f"loss_type: {config.loss_type!r} is not known to be a sum of a reward and a KL term")
     if config.strata == "group":
+        # slices of processes and of micro-batches begin at multiples of batch, groups at multiples of group, so every
+        # part of a group is a multiple of their common divisor, on any number of processes
         batch, group = config.per_device_train_batch_size, config.num_generations
         if math.gcd(batch, group) < 2:
             raise ValueError(
@@ -290,8 +336,17 @@ def _refuse_config(config: PCRConfig) -> None:
 def _refuse_trainer(trainer: Any) -> None:
     """Settings that show only once the model and the accelerator are there."""
     accelerator = trainer.accelerator
-    if accelerator.num_processes > 1:
-        raise ValueError(f"PCRTrainer runs in one process so far, and was launched in {accelerator.num_processes}")
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError("fsdp_version: FSDP1 flattens weights, which hides them from PCR; set fsdp_version: 2")
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError(
+            "parallelism_config: tensor, context and sequence parallel split a response over processes, and its "
+            "gradient's norm with it; use data parallel dimensions only"
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError("DataParallel copies the model within one process; start one process a GPU")
     if str(accelerator.distributed_type.value).upper() in ("DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"{accelerator.distributed_type.value}: its engine owns the backward pass, so there is no "
                          "place for two")  # fmt: skip

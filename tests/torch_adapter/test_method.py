@@ -314,7 +314,7 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"norms='fast'.*embed_tokens"):
         PCR(model, blocks="all", norms="fast")
     assert PCR(model, blocks="all").norms == "loop"
-    with pytest.raises(ValueError, match="DataParallel synchronises"):
+    with pytest.raises(ValueError, match="DataParallel copies the model within one process"):
         PCR(nn.DataParallel(model))
     with pytest.raises(TypeError, match=r"objective: expected a pcr_core\.Objective"):
         PCR(model).accumulate(torch.zeros(2, 2), None, group_ids=torch.zeros(2))  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ import trl.trainer.grpo_trainer as stock
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import pcr_core
-from pcr_torch.trl import PCRConfig, PCRTrainer, shuffle_groups
+from pcr_torch.distributed import local
+from pcr_torch.trl import PCRConfig, PCRTrainer, _refuse_trainer, shuffle_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GROUP = 4
@@ -24,8 +27,11 @@ GROUP = 4
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def save_model(path: Path) -> Path:
     """A random character-level Llama on disk, where TRL finds its reference model."""
-    path = tmp_path_factory.mktemp("model")
     vocabulary = {c: i for i, c in enumerate("_$abcdefghijklmnopqrstuvwxyz ")}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="_"))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -54,6 +60,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
 def reward(completions: list[str], **_: Any) -> list[float]:
     return [len(set(c)) / 5 + c.count("a") for c in completions]
 
@@ -63,7 +73,7 @@ class Gradients(TrainerCallback):
         self.steps: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        self.steps.append({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
 
 
 def train(
@@ -100,7 +110,7 @@ def train(
     if reference_noise:  # a reference that is not the policy: a KL gradient from the first step on
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
-            for parameter in trainer.ref_model.parameters():
+            for parameter in map(local, trainer.ref_model.parameters()):
                 parameter.mul_(1 + reference_noise * torch.randn(parameter.shape, generator=generator))
     gradients = Gradients()
     trainer.add_callback(gradients)
@@ -166,6 +176,29 @@ def test_several_iterations_and_the_loop_agree_with_stock(
         _, got = train(PCRTrainer, PCRConfig, folder, tmp_path, rule="grpo", norms=norms, **options)
         assert relative_error(got.steps[0], expected.steps[0]) <= 1e-6
         assert relative_error(got.steps[1], expected.steps[1]) <= 1e-5  # Adam magnifies the first step's rounding
+
+
+def test_importance_sampling_ratios_reach_the_loss(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an engine for generation gives them; vespo reads them without one."""
+    monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
+    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    options = {"loss_type": "vespo", "max_steps": 1, "reference_noise": 0.3}
+    _, plain = train(GRPOTrainer, GRPOConfig, folder, tmp_path, **options)
+    generate = GRPOTrainer._generate_and_score_completions
+
+    def with_ratios(self: Any, inputs: Any) -> Any:
+        output = generate(self, inputs)
+        shape = output["completion_ids"].shape
+        output["importance_sampling_ratio"] = torch.linspace(0.5, 1.5, shape[0])[:, None].expand(shape)
+        return output
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", with_ratios)
+    _, expected = train(GRPOTrainer, GRPOConfig, folder, tmp_path, **options)
+    _, got = train(PCRTrainer, PCRConfig, folder, tmp_path, rule="grpo", **options)
+    assert relative_error(plain.steps[0], expected.steps[0]) > 1e-2
+    assert relative_error(got.steps[0], expected.steps[0]) <= 1e-6
 
 
 def test_metrics_and_report(folder: Path, tmp_path: Path) -> None:
@@ -298,6 +331,22 @@ def test_fp16_and_deepspeed_are_refused(folder: Path, tmp_path: Path) -> None:
             PCRTrainer(
                 model=str(folder), reward_funcs=reward, args=bad, train_dataset=Dataset.from_dict({"prompt": ["a"]})
             )
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"state": SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))}, "set fsdp_version: 2"),
+        (
+            {"parallelism_config": SimpleNamespace(tp_enabled=False, cp_enabled=True, sp_enabled=False)},
+            "context and sequence parallel split a response",
+        ),
+    ],
+)
+def test_ways_to_split_a_model_that_hide_gradients_are_refused(state: dict[str, Any], message: str) -> None:
+    accelerator = SimpleNamespace(**({"state": None, "parallelism_config": None} | state))
+    with pytest.raises(ValueError, match=message):
+        _refuse_trainer(SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(n_gpu=1)))
 
 
 def test_stock_config_is_refused(folder: Path) -> None:
