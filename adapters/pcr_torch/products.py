@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from pcr_torch.pullback import PAIRS, wide_dtype
+from pcr_torch.pullback import PAIRS, inner, wide_dtype
 
 _WORKSPACE = 1 << 25  # elements of explicit gradients held at once on an accelerator
-_PART = 1 << 16  # a float32 dot product of this length errs by 1e-7, and stays in a core's cache
+_TILE = 3 << 16  # elements
+_PART = 1 << 16  # float32 dot products of this length err by some 1e-7
+_LANES = 64  # rows of a tile come in such bunches, which matrix products like
 _GRAM_COST = 16  # multiply-adds that a pass over one explicit element is worth; measured on a CPU
 
 
@@ -93,72 +94,79 @@ def _gram(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], tra
     for rows in strata:
         part = list(rows)
         sums = [_single(matrix_gradient(x[part], dy[part], transposed=transposed)) for dy in dys]
-        stratum.append(_pair_products(sums))
+        stratum.append(torch.stack([inner(sums[a], sums[b]) for a, b in pairs]))
         totals = _add(totals, sums) if totals else sums
     return Products(totals, response, torch.stack(stratum, dim=1))
 
 
 def _explicit(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], transposed: bool) -> Products:
-    n, shape = x.shape[0], (x.shape[2], dys[0].shape[2]) if transposed else (dys[0].shape[2], x.shape[2])
-    form = _form_one_by_one if x.device.type == "cpu" else _form_in_chunks
-    response: list[Tensor | None] = [None] * n
+    form = _tiled if x.device.type == "cpu" else _batched
+    return form([(x, dy) if transposed else (dy, x) for dy in dys], strata)
+
+
+def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]]) -> Products:
+    """One response and a few rows of the weight at a time, which stay in a core's cache until all is taken from them.
+
+    Args:
+        factors: (L, R) per stream, of shapes (n, T, rows) and (n, T, columns).
+    """
+    factors = [(_single(left), _single(right)) for left, right in factors]
+    (left, right), pairs = factors[0], PAIRS[len(factors)]
+    n, height, width = left.shape[0], left.shape[2], right.shape[2]
+    step = max(_LANES, _TILE // width // _LANES * _LANES)
+    totals = [torch.empty(height, width, dtype=left.dtype) for _ in factors]
+    scratch = [[torch.empty(step, width, dtype=left.dtype) for _ in factors] for _ in range(2)]
+    sums = torch.zeros(n + len(strata), len(pairs), dtype=torch.float64)
+    for start in range(0, height, step):
+        rows = slice(start, min(start + step, height))
+        size = rows.stop - start
+        tile = [total[rows] for total in totals]
+        dots: list[Tensor] = []
+        for q, members in enumerate(strata):
+            into = [t[:size] for t in scratch[0]] if q else tile
+            for k, i in enumerate(members):
+                held = [t[:size] for t in scratch[1]] if k else into
+                for one, (left, right) in zip(held, factors, strict=True):
+                    torch.mm(left[i, :, rows].mT, right[i], out=one)
+                _append_dots(dots, held, pairs)
+                if k:
+                    _add(into, held)
+            _append_dots(dots, into, pairs)
+            if q:
+                _add(tile, into)
+        sums += torch.stack(dots).view(len(sums), len(pairs), -1).double().sum(dim=-1)
+    # in the order of the loop: the responses of a stratum, then the stratum
+    places = [i for q, members in enumerate(strata) for i in (*members, n + q)]
+    by_row = torch.empty_like(sums)
+    by_row[places] = sums
+    return Products(totals, by_row[:n].T, by_row[n:].T)
+
+
+def _append_dots(dots: list[Tensor], held: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
+    parts = [torch.split(t.view(-1), _PART) for t in held]
+    dots.extend(torch.dot(p, q) for a, b in pairs for p, q in zip(parts[a], parts[b], strict=True))
+
+
+def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]]) -> Products:
+    """The same in batched products of whole weights, for an accelerator, whose launches want to be large."""
+    pairs = PAIRS[len(factors)]
+    left, right = factors[0]
+    chunk = max(1, _WORKSPACE // (left.shape[2] * right.shape[2]))
+    response = torch.empty(len(pairs), left.shape[0], dtype=wide_dtype(left.device), device=left.device)
     stratum: list[Tensor] = []
-    totals = [torch.empty(shape, dtype=_single(x[:0]).dtype, device=x.device) for _ in dys]
-    scratch = [torch.empty_like(total) for total in totals] if len(strata) > 1 else []
-    for q, rows in enumerate(strata):
-        into = scratch if q else totals
-        for row, products in zip(rows, form(x, dys, rows, transposed, into), strict=True):
-            response[row] = products
-        stratum.append(_pair_products(into))
-        if q:
-            _add(totals, into)
-    return Products(totals, torch.stack(cast(list[Tensor], response), dim=1), torch.stack(stratum, dim=1))
-
-
-def _form_one_by_one(
-    x: Tensor, dys: Sequence[Tensor], rows: Sequence[int], transposed: bool, into: list[Tensor]
-) -> list[Tensor]:
-    """Products of each row's gradients, whose sum comes to lie in `into`; one at a time stays in a CPU's cache."""
-    x, dys = _single(x), [_single(dy) for dy in dys]
-    scratch = [torch.empty_like(total) for total in into]
-    products = []
-    for k, row in enumerate(rows):
-        held = into if k == 0 else scratch
-        for one, dy in zip(held, dys, strict=True):
-            left, right = (x, dy) if transposed else (dy, x)
-            torch.mm(left[row].mT, right[row], out=one)
-        products.append(_pair_products(held))
-        if k:
-            _add(into, scratch)
-    return products
-
-
-def _form_in_chunks(
-    x: Tensor, dys: Sequence[Tensor], rows: Sequence[int], transposed: bool, into: list[Tensor]
-) -> list[Tensor]:
-    """The same in batched products, for an accelerator, whose launches want to be large."""
-    chunk = max(1, _WORKSPACE // into[0].numel())
-    products: list[Tensor] = []
-    for start in range(0, len(rows), chunk):
-        part = list(rows[start : start + chunk])
-        held = []
-        for total, dy in zip(into, dys, strict=True):
-            left, right = (x, dy) if transposed else (dy, x)
-            one = torch.bmm(left[part].mT, right[part])
-            total.copy_(one.sum(dim=0)) if start == 0 else total.add_(one.sum(dim=0))
-            held.append(one)
-        products += torch.stack([row_dot(held[a], held[b]).sum(dim=1) for a, b in PAIRS[len(dys)]], dim=1).unbind()
-    return products
-
-
-def _pair_products(held: Sequence[Tensor]) -> Tensor:
-    """(pairs,) inner products of one gradient per stream: float32 within a part, float64 from there on."""
-    flat = [t.view(-1) for t in held]
-    pairs = [(flat[a], flat[b]) for a, b in PAIRS[len(held)]]
-    if flat[0].device.type != "cpu":
-        return torch.stack([row_dot(a, b) for a, b in pairs])
-    parts = [[torch.dot(p, q) for p, q in zip(torch.split(a, _PART), torch.split(b, _PART))] for a, b in pairs]
-    return torch.stack([torch.stack(part).double().sum() for part in parts])
+    totals: list[Tensor] = []
+    for members in strata:
+        sums: list[Tensor] = []
+        for start in range(0, len(members), chunk):
+            part = list(members[start : start + chunk])
+            held = [torch.bmm(left[part].mT, right[part]) for left, right in factors]
+            for pair, (a, b) in enumerate(pairs):
+                response[pair, part] = row_dot(held[a].flatten(1), held[b].flatten(1))
+            added = [_single(one).sum(dim=0) for one in held]
+            sums = _add(sums, added) if sums else added
+        stratum.append(torch.stack([row_dot(sums[a].view(-1), sums[b].view(-1)) for a, b in pairs]))
+        totals = _add(totals, sums) if totals else sums
+    return Products(totals, response, torch.stack(stratum, dim=1))
 
 
 def _add(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 import pcr_core
 from pcr_core import BlockStatistics
-from pcr_torch import PCR, Report
-from pcr_torch.products import prefers_gram, weight_products
+from pcr_torch import PCR, Report, products
+from pcr_torch.products import _batched, _gram, _tiled, prefers_gram, weight_products
 
 
 def pull(model: nn.Module, data: Batch, norms: str, **options: object) -> tuple[Report, dict[str, Tensor]]:
@@ -120,23 +121,45 @@ def test_statistics_and_update_equal_the_dense_method(norms: str) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
-@pytest.mark.parametrize("length", [3, 64], ids=["gram", "explicit"])
-def test_both_ways_to_products(length: int, transposed: bool) -> None:
-    features, outputs = 40, 50
-    assert prefers_gram(length, features, outputs, 2) == (length == 3)
+@pytest.mark.parametrize("way", [_gram, _tiled, _batched])
+def test_three_ways_to_products(way: Any, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_LANES", 16)  # tiles, parts and chunks that do not divide the sizes
+    monkeypatch.setattr(products, "_TILE", 600)
+    monkeypatch.setattr(products, "_PART", 299)
+    monkeypatch.setattr(products, "_WORKSPACE", 2 * 40 * 50)
     generator = torch.Generator().manual_seed(0)
-    x, dy, dz = (torch.randn(5, length, k, generator=generator) for k in (features, outputs, outputs))
-    g, h = (torch.einsum("nto,nti->noi", d.double(), x.double()) for d in (dy, dz))
+    x, dy, dz = (torch.randn(5, 7, k, generator=generator) for k in (40, 50, 50))
     strata = [[0, 3], [1, 2, 4]]
-    got = weight_products(x, [dy, dz], strata, transposed=transposed)
+    if way is _gram:
+        got = _gram(x, [dy, dz], strata, transposed)
+    else:
+        got = way([(x, d) if transposed else (d, x) for d in (dy, dz)], strata)
+    g, h = (torch.einsum("nto,nti->noi", d.double(), x.double()) for d in (dy, dz))
     for pair, (a, b) in enumerate(((g, g), (h, h), (g, h))):
         scale = (a * b).abs().sum((1, 2))
-        assert bool(((got.response[pair] - (a * b).sum((1, 2))).abs() <= 1e-5 * scale).all())
+        assert bool(((got.response[pair] - (a * b).sum((1, 2))).abs() <= 1e-6 * scale).all())
         for q, rows in enumerate(strata):
             one, other = a[rows].sum(0), b[rows].sum(0)
-            assert abs(got.stratum[pair, q] - (one * other).sum()) <= 1e-5 * (one * other).abs().sum()
+            assert abs(got.stratum[pair, q] - (one * other).sum()) <= 1e-6 * (one * other).abs().sum()
     for total, expected in zip(got.totals, (g.sum(0), h.sum(0)), strict=True):
-        torch.testing.assert_close(total, (expected.T if transposed else expected).float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(total, (expected.T if transposed else expected).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_cheaper_way_is_taken() -> None:
+    assert prefers_gram(length=16, features=512, outputs=1536, streams=2)
+    assert not prefers_gram(length=128, features=512, outputs=1536, streams=2)
+
+
+def test_realistic_sizes() -> None:
+    """512 x 1536 and 128 tokens, where rounding and tiles matter."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy, dz = (torch.randn(4, 128, k, generator=generator) for k in (512, 1536, 1536))
+    got = weight_products(x, [dy, dz], [[0, 1], [2, 3]], transposed=False)
+    g, h = (torch.einsum("nto,nti->noi", d.double(), x.double()) for d in (dy, dz))
+    torch.testing.assert_close(got.response[0], (g * g).sum((1, 2)), rtol=1e-6, atol=0.0)
+    assert bool(((got.response[2] - (g * h).sum((1, 2))).abs() <= 1e-7 * (g * h).abs().sum((1, 2))).all())
+    one = g[:2].sum(0)
+    torch.testing.assert_close(got.stratum[0, 0], (one * one).sum(), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e15])
