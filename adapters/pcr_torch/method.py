@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,17 +13,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pcr_core
-from pcr_core import BlockStatistics, Objective, Rule, Scatter, TemporalPrior
+from pcr_core import Objective, Rule, Scatter, TemporalPrior
 from pcr_core.statistics import Strata
+from pcr_torch.batch import check_batch
 from pcr_torch.blocks import Granularity, Selector, select_blocks
-from pcr_torch.combine import add_combination, gradient_products
-from pcr_torch.distributed import average, like, local, split, unwrap
+from pcr_torch.combine import add_combination
+from pcr_torch.distributed import average, unwrap
 from pcr_torch.probe import Recorder
-from pcr_torch.pullback import Pulled, backward_others, per_response, total_dtype, wide_dtype
+from pcr_torch.pullback import backward_others, per_response, total_dtype
 from pcr_torch.report import Report
+from pcr_torch.statistics import BlockSums, Totals
+from pcr_torch.temporal import TemporalFilter
 
 Norms = Literal["auto", "fast", "loop"]
-_STREAMS = ("plasticity", "stability")
 _NOTHING = "resolve() before accumulate(): there are no gradients to resolve"
 
 
@@ -47,11 +49,15 @@ class PCR:
         norms: how per-response norms are had. "fast" measures them in the backward pass of linear layers; "loop" runs
             one backward pass per response and stream; "auto" is "fast" where every block parameter sits in a plain
             linear layer, else "loop".
+        every: with K > 1 only every K-th step takes two backward passes and measures. The steps between take one, of
+            the two streams weighted as last measured, at the cost of an ordinary update. That is exact in form only
+            where one pair of weights serves all that is trained: one block that holds every trainable parameter
+            (granularity="global", blocks="all"; or LoRA in the MLP modules with blocks="mlp").
         process_group: for plain copies of a model on several processes: the ranks to average over.
 
     Raises:
         ValueError: blocks match nothing, norms="fast" with parameters outside plain linear layers, norms="loop" of a
-            sharded model, or a wrapper that is not supported, with the reason.
+            sharded model, every > 1 where it is not exact, or a wrapper that is not supported, with the reason.
 
     Example:
         A policy with two tokens' worth of freedom; two prompts, two responses each.
@@ -85,6 +91,7 @@ class PCR:
         rule: Rule = pcr_core.PCR(),
         strata: Strata = "group",
         norms: Norms = "auto",
+        every: int = 1,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not callable(rule):
@@ -101,6 +108,11 @@ class PCR:
         self._parameters = {name: named[name] for block in self.blocks for name in block.parameters}
         self._others = [p for name, p in named.items() if name not in self._parameters]
         self._sharded = self._ranks is not None and self._ranks.sharded
+        self._every = every
+        self._last: Report | None = None  # with every > 1: what was measured last, and how many steps ago
+        self._age = 0
+        if every != 1:
+            self._refuse_inexact(every)
         recorder = Recorder(self.model, self._parameters)
         if norms == "fast" and recorder.uncovered:
             raise ValueError(
@@ -116,18 +128,19 @@ class PCR:
         if self._recorder is not None:
             self._recorder.install()
         self.norms: Literal["fast", "loop"] = "loop" if self._recorder is None else "fast"
-        index = {name: b for b, block in enumerate(self.blocks) for name in block.parameters}
+        self._sums = BlockSums.over(self.blocks, self._parameters, self._ranks)
+        self._filter = TemporalFilter(self._sums)
         ignored = set() if self._ddp is None else self._ddp.parameters_to_ignore
         self._averaged = [p for name, p in named.items() if p.requires_grad and name not in ignored]
-        self._block_of = torch.tensor([index[name] for name in self._parameters])
-        self._totals: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._totals: Totals = ({}, {})
         self._scatter: Scatter[Tensor] | None = None
-        self._prior: dict[str, Any] | None = None
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = False
 
     def accumulate(self, logp: Tensor, objective: Objective[Tensor], *, group_ids: Tensor) -> None:
-        """Both streams of one micro-batch: two backward passes over logp's graph, which is freed.
+        """Both streams of one micro-batch, in two backward passes over logp's graph, which is freed.
+
+        With every > 1 one pass, unless the step is `measuring`.
 
         Gradients of parameters outside the blocks are added to their `.grad`; the blocks' streams are kept apart until
         `resolve`.
@@ -179,18 +192,30 @@ class PCR:
             self._average()
         elif self._scatter is None:
             raise RuntimeError(_NOTHING)
-        statistics = self._statistics(self._totals, self._scatter or self._no_scatter())
+        if not self.measuring:
+            assert self._last is not None
+            self._age += 1
+            self._scatter = None
+            return replace(self._last, measured=False)
+        statistics = self._sums.statistics(self._totals, self._scatter or self._sums.no_scatter())
         if isinstance(self.rule, pcr_core.PCR) and isinstance(self.rule.prior, TemporalPrior):
-            weights = self._filter(self.rule, statistics)
+            weights = self._filter.weights(self.rule, statistics, self._totals)
         else:
             weights = self.rule(statistics)
         a, b = weights.plasticity.tolist(), weights.stability.tolist()
         plasticity, stability = self._totals
-        for k, (name, parameter) in enumerate(self._parameters.items()):
-            block = int(self._block_of[k])
+        for block, (name, parameter) in zip(self._sums.block_of.tolist(), self._parameters.items()):
             add_combination(parameter, plasticity.pop(name, None), stability.pop(name, None), a[block], b[block])
         self._totals, self._scatter = ({}, {}), None
-        return Report(self.blocks, weights, statistics)
+        report = Report(self.blocks, weights, statistics)
+        if self._every > 1:
+            self._last, self._age = report, 0
+        return report
+
+    @property
+    def measuring(self) -> bool:
+        """Whether this step takes two backward passes and measures; false in the steps between, with every > 1."""
+        return self._last is None or self._age >= self._every - 1 or not self._last.finite
 
     def discard(self) -> None:
         """Forget what was accumulated since the last `resolve`."""
@@ -204,13 +229,14 @@ class PCR:
             self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold: the temporal prior's means and variances (empty for other priors).
+        """What a checkpoint has to hold: the temporal prior's means and variances, and with every > 1 the last weights.
 
         Of a sharded model the means are DTensors like its parameters, as `torch.distributed.checkpoint` wants them.
         """
         if self._totals[0] or self._totals[1]:
             raise RuntimeError("state_dict() between accumulate() and resolve(): resolve or discard first")
-        return {"prior": self._with_means(like), "blocks": [block.name for block in self.blocks]}
+        last = None if self._last is None else {"age": self._age, **self._last.state_dict()}
+        return {"prior": self._filter.state_dict(), "last": last, "blocks": [block.name for block in self.blocks]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`; ValueError if it belongs to other blocks.
@@ -223,20 +249,13 @@ class PCR:
                 f"state: it belongs to {len(state['blocks'])} other blocks (first {state['blocks'][:1]}), "
                 f"this model has {len(names)} (first {names[:1]}); build PCR with the same blocks and granularity"
             )
-        self._prior = state["prior"]
-        self._prior = self._with_means(split)
-
-    def _with_means(self, change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any] | None:
-        """The prior's state with change(mean, parameter) for each mean."""
-        if self._prior is None:
-            return None
-        return {
-            stream: {**kept, "mean": {name: change(m, self._parameters[name]) for name, m in kept["mean"].items()}}
-            for stream, kept in self._prior.items()
-        }
+        self._filter.load_state_dict(state["prior"])
+        last = state.get("last") if self._every > 1 else None
+        self._last = None if last is None else Report.from_state(self.blocks, last)
+        self._age = 0 if last is None else int(last["age"])
 
     def _pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> None:
-        ids = _check_batch(logp, cotangents, group_ids, self.strata)
+        ids = check_batch(logp, cotangents, group_ids, self.strata)
         self._refuse_replaced()
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
@@ -247,6 +266,9 @@ class PCR:
         for row, q in enumerate(ids.tolist()):
             strata[q].append(row)
         cotangents = tuple(c.detach() for c in cotangents)
+        if not self.measuring:
+            self._pull_weighted(streams, logp, cotangents)
+            return
         if self._recorder is not None:
             pulled = self._recorder.pull(logp, cotangents, strata)
         else:
@@ -256,30 +278,31 @@ class PCR:
             mine = self._totals[stream]
             for name, total in totals.items():
                 mine[name] = mine[name].add_(total) if name in mine else total
-        scatter = self._micro_scatter(streams, pulled, ids)
+        scatter = self._sums.scatter(streams, pulled, ids)
         self._scatter = scatter if self._scatter is None else pcr_core.merge(self._scatter, scatter)
 
-    def _micro_scatter(self, streams: tuple[int, ...], pulled: Pulled, ids: Tensor) -> Scatter[Tensor]:
-        """Scatter per block of one micro-batch."""
-        response = self._per_block(pulled.response.cpu())
-        stratum = self._per_block(pulled.stratum.cpu())
-        nothing = torch.zeros(len(self.blocks), dtype=response.dtype)
-        variances = [nothing, nothing]
-        for pair, stream in enumerate(streams):
-            variances[stream] = pcr_core.stratified_variance(response[pair], stratum[pair], ids)
-        shared = len(streams) == 2
-        covariance = pcr_core.stratified_covariance(response[2], stratum[2], ids) if shared else nothing
-        return Scatter(variances[0], variances[1], covariance)
+    def _pull_weighted(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...]) -> None:
+        """One backward pass of the streams with the weights of the last measured step."""
+        assert self._last is not None
+        weights = self._last.weights.plasticity.item(), self._last.weights.stability.item()
+        weighted = [weights[stream] * cotangent for stream, cotangent in zip(streams, cotangents, strict=True)]
+        torch.autograd.backward(logp, sum(weighted[1:], start=weighted[0]))
+        self._scatter = self._sums.no_scatter()
 
-    def _no_scatter(self) -> Scatter[Tensor]:
-        """Of a rank that accumulated nothing."""
-        nothing = torch.zeros(len(self.blocks), dtype=torch.float64)
-        return Scatter(nothing, nothing, nothing)
-
-    def _per_block(self, per_parameter: Tensor) -> Tensor:
-        """(..., parameters) -> (..., blocks), summed."""
-        out = torch.zeros(*per_parameter.shape[:-1], len(self.blocks), dtype=per_parameter.dtype)
-        return out.index_add_(-1, self._block_of, per_parameter)
+    def _refuse_inexact(self, every: int) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: expected an integer >= 1, got {every!r}")
+        outside = [
+            name for name, p in self.model.named_parameters() if p.requires_grad and name not in self._parameters
+        ]
+        if len(self.blocks) > 1 or outside:
+            what = f"there are {len(self.blocks)} blocks" if len(self.blocks) > 1 else f"{outside[0]} is in no block"
+            raise ValueError(
+                f"every={every}: one backward pass weights both streams alike for all that is trained, and {what}. Use "
+                "one block for every trainable parameter (granularity='global' with blocks='all', or LoRA), or every=1"
+            )
+        if isinstance(self.rule, pcr_core.PCR) and isinstance(self.rule.prior, TemporalPrior):
+            raise ValueError(f"every={every}: TemporalPrior filters each stream by itself, which needs both every step")
 
     def _average(self) -> None:
         """Totals and gradients become means over ranks: what some lack is zero there, what all lack stays absent."""
@@ -313,109 +336,3 @@ class PCR:
                     f"{name} is not the parameter that PCR(model) was made with; sharding, moving or loading the model "
                     "replaced it. Make PCR(model) after that, and before the forward pass"
                 )
-
-    def _statistics(
-        self,
-        totals: tuple[dict[str, Tensor], dict[str, Tensor]],
-        scatter: Scatter[Tensor],
-        *,
-        merged: bool = False,
-    ) -> BlockStatistics[Tensor]:
-        """Of the whole batch; `merged`: the scatter is that of all ranks already, not of this one."""
-        products, size = self._products(totals)
-        noise = torch.stack([scatter.plasticity_var, scatter.stability_var, scatter.covariance]).double()
-        if self._ranks is not None:
-            sums = self._ranks.sum(torch.cat([products, noise]))
-            products, noise = sums[:3], noise if merged else sums[3:] / self._ranks.world**2
-        return BlockStatistics(
-            plasticity_sq=products[0],
-            stability_sq=products[1],
-            dot=products[2],
-            plasticity_var=noise[0],
-            stability_var=noise[1],
-            covariance=noise[2],
-            size=size,
-        )
-
-    def _products(self, totals: tuple[dict[str, Tensor], dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Inner products (3, blocks) of the streams' totals, of them what this rank has to count; sizes (blocks,)."""
-        p, s = totals
-        device = next(iter(self._parameters.values())).device
-        rows = []
-        for k, (name, parameter) in enumerate(self._parameters.items()):
-            share = 1.0 if self._ranks is None else self._ranks.share(k, parameter)
-            products = torch.zeros(3, dtype=wide_dtype(parameter.device), device=parameter.device)
-            if share and name in p and name in s:
-                products = share * gradient_products(p[name], s[name])
-            elif share and (name in p or name in s):
-                alone = 0 if name in p else 1
-                products[alone] = share * gradient_products((p, s)[alone][name], (p, s)[alone][name])[0]
-            rows.append(products.to(device))
-        sums = self._per_block(torch.stack(rows).to("cpu", torch.float64).T.contiguous())
-        sizes = torch.tensor([parameter.numel() for parameter in self._parameters.values()], dtype=torch.float64)
-        return sums, self._per_block(sizes)
-
-    def _filter(self, rule: pcr_core.PCR, statistics: BlockStatistics[Tensor]) -> pcr_core.Weights[Tensor]:
-        """Replace the totals by the temporal prior's posterior means, and give the weights of those."""
-        unknown = torch.full((len(self.blocks),), math.inf, dtype=torch.float64)
-        previous = self._prior or {stream: {"mean": {}, "variance": unknown} for stream in _STREAMS}
-        posteriors = rule.posteriors(
-            statistics, (previous["plasticity"]["variance"], previous["stability"]["variance"])
-        )
-        # a step that is not finite is no evidence: its update is NaN, and the filter of that block waits
-        finite = pcr_core.GRPO()(statistics).finite
-        state: dict[str, Any] = {}
-        for stream, totals, posterior in zip(_STREAMS, self._totals, posteriors, strict=True):
-            gains = posterior.gain.tolist()
-            means: dict[str, Tensor] = {}
-            for k, (name, parameter) in enumerate(self._parameters.items()):
-                gain = gains[int(self._block_of[k])]
-                mean = previous[stream]["mean"].get(name)
-                if mean is None:
-                    mean = torch.zeros_like(local(parameter), dtype=total_dtype(parameter))
-                mean = mean.to(parameter.device)
-                filtered = mean * (1 - gain)
-                if name in totals:
-                    filtered.add_(totals[name], alpha=gain)
-                means[name] = filtered.clone() if bool(finite[self._block_of[k]]) else mean
-                totals[name] = filtered
-            variance = torch.where(finite, posterior.variance, previous[stream]["variance"])
-            state[stream] = {"mean": means, "variance": variance}
-        self._prior = state
-        scatter = Scatter(posteriors[0].variance, posteriors[1].variance, statistics.covariance)
-        return rule.project(self._statistics(self._totals, scatter, merged=True))
-
-
-def _check_batch(logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor, strata: Strata) -> Tensor:
-    """Stratum of each response, 0 to q - 1, on the CPU."""
-    if not isinstance(logp, Tensor) or logp.ndim != 2:
-        raise ValueError(f"logp: expected a tensor (responses, tokens), got {getattr(logp, 'shape', type(logp))}")
-    if not logp.requires_grad:
-        raise ValueError(
-            "logp: it has no graph; compute it with gradients enabled, from a model with trainable weights"
-        )
-    for cotangent in cotangents:
-        if not isinstance(cotangent, Tensor):
-            raise TypeError(f"cotangent: expected a torch tensor, got {type(cotangent).__name__}")
-        if cotangent.shape != logp.shape:
-            raise ValueError(f"cotangent: expected logp's shape {tuple(logp.shape)}, got {tuple(cotangent.shape)}")
-        if cotangent.device != logp.device or cotangent.dtype != logp.dtype:
-            raise ValueError(
-                f"cotangent: expected {logp.dtype} on {logp.device} as logp, got {cotangent.dtype}, {cotangent.device}"
-            )
-    ids = torch.as_tensor(group_ids)
-    if ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64, torch.complex128):
-        raise TypeError(f"group_ids: expected integers, got {ids.dtype}")
-    if ids.shape != (logp.shape[0],):
-        raise ValueError(f"group_ids: expected one id a response, shape ({logp.shape[0]},), got {tuple(ids.shape)}")
-    if strata == "batch":
-        ids = torch.zeros_like(ids)
-    _, index, counts = torch.unique(ids, return_inverse=True, return_counts=True)
-    if bool((counts < 2).any()):
-        what = "micro-batch" if strata == "batch" else f"group {ids[index == int(counts.argmin())][0].item()}"
-        raise ValueError(
-            f"group_ids: {what} has one response, which carries no information on the variance. Give every prompt two "
-            "or more responses in a micro-batch (a larger one, or whole groups in each), or ask for strata='batch'"
-        )
-    positions: Tensor = index
-    return positions.cpu()

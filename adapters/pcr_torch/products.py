@@ -115,25 +115,27 @@ def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[i
     n, height, width = left.shape[0], left.shape[2], right.shape[2]
     step = max(_LANES, _TILE // width // _LANES * _LANES)
     totals = [torch.empty(height, width, dtype=left.dtype) for _ in factors]
-    scratch = [[torch.empty(step, width, dtype=left.dtype) for _ in factors] for _ in range(2)]
+    scratch = torch.empty(2, len(factors), step * width, dtype=left.dtype)
+    columns = [right.unbind() for _, right in factors]
     sums = torch.zeros(n + len(strata), len(pairs), dtype=torch.float64)
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
-        size = rows.stop - start
-        tile = [total[rows] for total in totals]
+        lefts = [left[:, :, rows].mT.unbind() for left, _ in factors]
+        first = _Held([total[rows] for total in totals])
+        later, one = (_Held([t[: first.size].view(first.shape) for t in half]) for half in scratch)
         dots: list[Tensor] = []
         for q, members in enumerate(strata):
-            into = [t[:size] for t in scratch[0]] if q else tile
+            into = later if q else first
             for k, i in enumerate(members):
-                held = [t[:size] for t in scratch[1]] if k else into
-                for one, (left, right) in zip(held, factors, strict=True):
-                    torch.mm(left[i, :, rows].mT, right[i], out=one)
-                _append_dots(dots, held, pairs)
+                held = one if k else into
+                for stream, gradient in enumerate(held.gradients):
+                    torch.mm(lefts[stream][i], columns[stream][i], out=gradient)
+                dots += held.dots(pairs)
                 if k:
-                    _add(into, held)
-            _append_dots(dots, into, pairs)
+                    _add(into.gradients, one.gradients)
+            dots += into.dots(pairs)
             if q:
-                _add(tile, into)
+                _add(first.gradients, later.gradients)
         sums += torch.stack(dots).view(len(sums), len(pairs), -1).double().sum(dim=-1)
     # in the order of the loop: the responses of a stratum, then the stratum
     places = [i for q, members in enumerate(strata) for i in (*members, n + q)]
@@ -142,9 +144,16 @@ def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[i
     return Products(totals, by_row[:n].T, by_row[n:].T)
 
 
-def _append_dots(dots: list[Tensor], held: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
-    parts = [torch.split(t.view(-1), _PART) for t in held]
-    dots.extend(torch.dot(p, q) for a, b in pairs for p, q in zip(parts[a], parts[b], strict=True))
+class _Held:
+    """Rows of one gradient per stream, and the parts in which their dot products are taken."""
+
+    def __init__(self, gradients: list[Tensor]) -> None:
+        self.gradients = gradients
+        self.shape, self.size = gradients[0].shape, gradients[0].numel()
+        self._parts = [torch.split(t.view(-1), _PART) for t in gradients]
+
+    def dots(self, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
+        return [torch.dot(p, q) for a, b in pairs for p, q in zip(self._parts[a], self._parts[b])]
 
 
 def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]]) -> Products:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +22,22 @@ class Report:
         blocks: in the order of the arrays.
         weights: what the rule decided, `pcr_core.Weights`.
         statistics: what it decided on, of the totals, `pcr_core.BlockStatistics`.
+        measured: false in the steps that `every` leaves out, whose report is that of the last measured step.
     """
 
     blocks: tuple[Block, ...]
     weights: Weights[Tensor]
     statistics: BlockStatistics[Tensor]
+    measured: bool = True
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The arrays by name, for a checkpoint."""
+        return {"weights": _arrays(self.weights), "statistics": _arrays(self.statistics)}
+
+    @classmethod
+    def from_state(cls, blocks: tuple[Block, ...], state: Mapping[str, Any]) -> Report:
+        """The inverse of `state_dict`."""
+        return cls(blocks, Weights(**state["weights"]), BlockStatistics(**state["statistics"]))
 
     @property
     def finite(self) -> bool:
@@ -51,6 +64,10 @@ class Report:
             rows = torch.tensor([i for i, block in enumerate(self.blocks) if block.layer == layer])
             out |= _summary(self.weights, self.statistics, rows, f"{prefix}layer_{layer:02d}/")
         return out
+
+
+def _arrays(record: Weights[Tensor] | BlockStatistics[Tensor]) -> dict[str, Tensor]:
+    return {f.name: getattr(record, f.name) for f in fields(record)}
 
 
 def _summary(w: Weights[Tensor], stats: BlockStatistics[Tensor], rows: Tensor, prefix: str) -> dict[str, float]:

@@ -62,6 +62,10 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
     granularity: str = field(default="tensor", metadata={"help": "One block per tensor, module, layer or global."})
     strata: str = field(default="group", metadata={"help": "'group', or 'batch' to allow groups cut to one response."})
     norms: str = field(default="auto", metadata={"help": "'auto', 'fast' or 'loop', see pcr_torch.PCR."})
+    every: int = field(
+        default=1,
+        metadata={"help": "Measure every K-th step, one backward pass between; one block of all that is trained only."},
+    )
     log_layers: bool = field(default=False, metadata={"help": "Log the pcr/ metrics of every layer as well."})
 
     def __post_init__(self) -> None:
@@ -148,6 +152,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             rule=config.make_rule(),
             strata=cast(Strata, config.strata),
             norms=cast(Norms, config.norms),
+            every=config.every,
         )
         if state is not None:
             self.method.load_state_dict(state)
@@ -220,6 +225,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             assert self.method is not None
             self.last_report = self.method.resolve()
             logged = self.last_report.metrics()
+            if self.args.every > 1:
+                logged["pcr/measured"] = float(self.last_report.measured)
             if self.args.log_layers:
                 logged |= self.last_report.layer_metrics()
             for key, value in logged.items():

@@ -1,0 +1,96 @@
+"""From totals and per-response inner products of parameters to the statistics of blocks, on one process or on many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import pcr_core
+from pcr_core import BlockStatistics, Scatter
+from pcr_torch.blocks import Block
+from pcr_torch.combine import gradient_products
+from pcr_torch.distributed import Ranks
+from pcr_torch.pullback import Pulled, wide_dtype
+
+Totals = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """Sums over the parameters of each block.
+
+    Attributes:
+        parameters: by name, in the order of all arrays "per parameter".
+        block_of: (parameters,) index of each one's block.
+        blocks: number of blocks.
+        ranks: over which totals and scatter are summed; None for one process.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    block_of: Tensor
+    blocks: int
+    ranks: Ranks | None
+
+    @classmethod
+    def over(cls, blocks: Sequence[Block], parameters: Mapping[str, nn.Parameter], ranks: Ranks | None) -> BlockSums:
+        index = {name: b for b, block in enumerate(blocks) for name in block.parameters}
+        return cls(parameters, torch.tensor([index[name] for name in parameters]), len(blocks), ranks)
+
+    def scatter(self, streams: tuple[int, ...], pulled: Pulled, ids: Tensor) -> Scatter[Tensor]:
+        """Of one micro-batch, whose responses lie in strata `ids`."""
+        response = self._per_block(pulled.response.cpu())
+        stratum = self._per_block(pulled.stratum.cpu())
+        nothing = torch.zeros(self.blocks, dtype=response.dtype)
+        variances = [nothing, nothing]
+        for pair, stream in enumerate(streams):
+            variances[stream] = pcr_core.stratified_variance(response[pair], stratum[pair], ids)
+        shared = len(streams) == 2
+        covariance = pcr_core.stratified_covariance(response[2], stratum[2], ids) if shared else nothing
+        return Scatter(variances[0], variances[1], covariance)
+
+    def no_scatter(self) -> Scatter[Tensor]:
+        """Of a rank that accumulated nothing."""
+        nothing = torch.zeros(self.blocks, dtype=torch.float64)
+        return Scatter(nothing, nothing, nothing)
+
+    def statistics(self, totals: Totals, scatter: Scatter[Tensor], *, merged: bool = False) -> BlockStatistics[Tensor]:
+        """Of the whole batch; `merged`: the scatter is that of all ranks already, not of this one. One all-reduce."""
+        products = self._products(totals)
+        noise = torch.stack([scatter.plasticity_var, scatter.stability_var, scatter.covariance]).double()
+        if self.ranks is not None:
+            sums = self.ranks.sum(torch.cat([products, noise]))
+            products, noise = sums[:3], noise if merged else sums[3:] / self.ranks.world**2
+        sizes = torch.tensor([parameter.numel() for parameter in self.parameters.values()], dtype=torch.float64)
+        return BlockStatistics(
+            plasticity_sq=products[0],
+            stability_sq=products[1],
+            dot=products[2],
+            plasticity_var=noise[0],
+            stability_var=noise[1],
+            covariance=noise[2],
+            size=self._per_block(sizes),
+        )
+
+    def _products(self, totals: Totals) -> Tensor:
+        """(3, blocks) inner products of the streams' totals: |P|^2, |S|^2, P.S, of them what this rank has to count."""
+        p, s = totals
+        device = next(iter(self.parameters.values())).device
+        rows = []
+        for k, (name, parameter) in enumerate(self.parameters.items()):
+            share = 1.0 if self.ranks is None else self.ranks.share(k, parameter)
+            products = torch.zeros(3, dtype=wide_dtype(parameter.device), device=parameter.device)
+            if share and name in p and name in s:
+                products = share * gradient_products(p[name], s[name])
+            elif share and (name in p or name in s):
+                alone = 0 if name in p else 1
+                products[alone] = share * gradient_products(totals[alone][name], totals[alone][name])[0]
+            rows.append(products.to(device))
+        return self._per_block(torch.stack(rows).to("cpu", torch.float64).T.contiguous())
+
+    def _per_block(self, per_parameter: Tensor) -> Tensor:
+        """(..., parameters) -> (..., blocks), summed."""
+        out = torch.zeros(*per_parameter.shape[:-1], self.blocks, dtype=per_parameter.dtype)
+        return out.index_add_(-1, self.block_of, per_parameter)
