@@ -20,6 +20,7 @@ from pcr_torch.blocks import Granularity, Selector, select_blocks
 from pcr_torch.combine import add_combination
 from pcr_torch.distributed import average, unwrap
 from pcr_torch.probe import Recorder
+from pcr_torch.products import WORKSPACE
 from pcr_torch.pullback import backward_others, per_response, total_dtype
 from pcr_torch.report import Report
 from pcr_torch.statistics import BlockSums, Totals
@@ -53,6 +54,8 @@ class PCR:
             the two streams weighted as last measured, at the cost of an ordinary update. That is exact in form only
             where one pair of weights serves all that is trained: one block that holds every trainable parameter
             (granularity="global", blocks="all"; or LoRA in the MLP modules with blocks="mlp").
+        workspace: numbers of per-response gradients, of one weight and stream, held at once on an accelerator. At least
+            one response's are; a CPU holds a small tile of one.
         process_group: for plain copies of a model on several processes: the ranks to average over.
 
     Raises:
@@ -92,6 +95,7 @@ class PCR:
         strata: Strata = "group",
         norms: Norms = "auto",
         every: int = 1,
+        workspace: int = WORKSPACE,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not callable(rule):
@@ -99,6 +103,8 @@ class PCR:
         for name, value, options in (("strata", strata, Strata), ("norms", norms, Norms)):
             if value not in get_args(options):
                 raise ValueError(f"{name}: expected one of {get_args(options)}, got {value!r}")
+        if isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1:
+            raise ValueError(f"workspace: expected a positive number of elements, got {workspace!r}")
         self.model, self._ranks = unwrap(model, process_group)
         self._ddp = model if isinstance(model, DistributedDataParallel) else None
         self.rule = rule
@@ -113,7 +119,7 @@ class PCR:
         self._age = 0
         if every != 1:
             self._refuse_inexact(every)
-        recorder = Recorder(self.model, self._parameters)
+        recorder = Recorder(self.model, self._parameters, workspace)
         if norms == "fast" and recorder.uncovered:
             raise ValueError(
                 f"norms='fast' measures plain linear layers only, and {recorder.uncovered[0]} is in none, or tied "

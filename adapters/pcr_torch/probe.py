@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from pcr_torch.distributed import kept_whole, local, reduce_scatter
-from pcr_torch.products import bias_products, matrix_gradient, weight_products
+from pcr_torch.products import WORKSPACE, bias_products, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, total_dtype, wide_dtype
 from pcr_torch.segments import Cuts, layers_of, segments
 
@@ -44,9 +44,10 @@ def layout(module: nn.Module) -> Layout | None:
 class Recorder:
     """Installs probes on the model's linear layers, and collects what they measure on block parameters."""
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], workspace: int = WORKSPACE) -> None:
         self._model = model
         self._parameters = parameters
+        self._workspace = workspace
         self._index = {name: k for k, name in enumerate(parameters)}
         self._pass: Literal["off", "keep", "measure"] = "off"
         self._strata: Sequence[Sequence[int]] = ()
@@ -190,7 +191,7 @@ class Recorder:
             products = (
                 bias_products(dys, self._strata)
                 if attribute == "bias"
-                else weight_products(x, dys, self._strata, transposed=transposed)
+                else weight_products(x, dys, self._strata, transposed=transposed, workspace=self._workspace)
             )
             self._pulled.response[:, :, self._index[name]] = products.response * factors
             self._pulled.stratum[:, :, self._index[name]] = products.stratum * factors

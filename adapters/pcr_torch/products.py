@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pcr_torch.pullback import PAIRS, inner, wide_dtype
 
-_WORKSPACE = 1 << 25  # elements of explicit gradients held at once on an accelerator
+WORKSPACE = 1 << 25
 _TILE = 3 << 16  # elements
 _PART = 1 << 16  # float32 dot products of this length err by some 1e-7
 _LANES = 64  # rows of a tile come in such bunches, which matrix products like
@@ -33,7 +33,14 @@ class Products:
     stratum: Tensor
 
 
-def weight_products(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], *, transposed: bool) -> Products:
+def weight_products(
+    x: Tensor,
+    dys: Sequence[Tensor],
+    strata: Sequence[Sequence[int]],
+    *,
+    transposed: bool,
+    workspace: int = WORKSPACE,
+) -> Products:
     """Products of a linear layer's weight.
 
     Args:
@@ -41,10 +48,12 @@ def weight_products(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[
         dys: one or two (n, T, out) gradients of its output.
         strata: rows of each stratum, together 0 to n - 1.
         transposed: whether the weight is stored (in, out).
+        workspace: on an accelerator, elements of explicit per-response gradients of one stream held at once.
     """
     if prefers_gram(x.shape[1], x.shape[2], dys[0].shape[2], len(dys)):
         return _gram(x, dys, strata, transposed)
-    return _explicit(x, dys, strata, transposed)
+    factors = [(x, dy) if transposed else (dy, x) for dy in dys]
+    return _tiled(factors, strata) if x.device.type == "cpu" else _batched(factors, strata, workspace)
 
 
 def bias_products(dys: Sequence[Tensor], strata: Sequence[Sequence[int]]) -> Products:
@@ -99,11 +108,6 @@ def _gram(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], tra
     return Products(totals, response, torch.stack(stratum, dim=1))
 
 
-def _explicit(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], transposed: bool) -> Products:
-    form = _tiled if x.device.type == "cpu" else _batched
-    return form([(x, dy) if transposed else (dy, x) for dy in dys], strata)
-
-
 def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]]) -> Products:
     """One response and a few rows of the weight at a time, which stay in a core's cache until all is taken from them.
 
@@ -156,11 +160,11 @@ class _Held:
         return [torch.dot(p, q) for a, b in pairs for p, q in zip(self._parts[a], self._parts[b])]
 
 
-def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]]) -> Products:
+def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]], workspace: int) -> Products:
     """The same in batched products of whole weights, for an accelerator, whose launches want to be large."""
     pairs = PAIRS[len(factors)]
     left, right = factors[0]
-    chunk = max(1, _WORKSPACE // (left.shape[2] * right.shape[2]))
+    chunk = max(1, workspace // (left.shape[2] * right.shape[2]))
     response = torch.empty(len(pairs), left.shape[0], dtype=wide_dtype(left.device), device=left.device)
     stratum: list[Tensor] = []
     totals: list[Tensor] = []

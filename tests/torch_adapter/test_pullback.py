@@ -126,14 +126,14 @@ def test_three_ways_to_products(way: Any, transposed: bool, monkeypatch: pytest.
     monkeypatch.setattr(products, "_LANES", 16)  # tiles, parts and chunks that do not divide the sizes
     monkeypatch.setattr(products, "_TILE", 600)
     monkeypatch.setattr(products, "_PART", 299)
-    monkeypatch.setattr(products, "_WORKSPACE", 2 * 40 * 50)
     generator = torch.Generator().manual_seed(0)
     x, dy, dz = (torch.randn(5, 7, k, generator=generator) for k in (40, 50, 50))
     strata = [[0, 3], [1, 2, 4]]
     if way is _gram:
         got = _gram(x, [dy, dz], strata, transposed)
     else:
-        got = way([(x, d) if transposed else (d, x) for d in (dy, dz)], strata)
+        factors = [(x, d) if transposed else (d, x) for d in (dy, dz)]
+        got = _tiled(factors, strata) if way is _tiled else _batched(factors, strata, workspace=2 * 40 * 50)
     g, h = (torch.einsum("nto,nti->noi", d.double(), x.double()) for d in (dy, dz))
     for pair, (a, b) in enumerate(((g, g), (h, h), (g, h))):
         scale = (a * b).abs().sum((1, 2))
