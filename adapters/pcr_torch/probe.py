@@ -251,7 +251,7 @@ class _Probe(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.recorder, ctx.path = recorder, path
-        return y.view_as(y)
+        return y.detach()  # not a view: what follows may go on in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:

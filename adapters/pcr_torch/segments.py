@@ -104,7 +104,7 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cuts: Cuts) -> Tensor:
         ctx.cuts = cuts
-        return x.view_as(x)
+        return x.detach()  # not a view: layers may go on in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:

@@ -11,6 +11,7 @@ from problems import batch, tiny_model
 from test_pullback import assert_gradients_close, assert_statistics_close, pull
 from torch import Tensor, nn
 
+import pcr_core
 from pcr_torch import PCR
 from pcr_torch.probe import Recorder
 from pcr_torch.segments import segments
@@ -152,3 +153,46 @@ def test_nothing_keeps_a_dropped_graph_alive() -> None:
     gc.collect()
     assert seen[0]() is None
     method.remove()
+
+
+class InPlace(Skipping):
+    """Layers that work in place on their input and on a probed layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        class Layer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Linear(8, 8)
+                self.act = nn.ReLU(inplace=True)
+
+            def forward(self, hidden: Tensor) -> Tensor:
+                hidden.mul_(1.5)
+                out: Tensor = hidden + self.act(self.inner(hidden))
+                return out
+
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens) * 1.0
+        for layer in self.layers:
+            hidden = layer(hidden)
+        out: Tensor = self.head(hidden)
+        return out
+
+
+def test_layers_may_work_in_place() -> None:
+    torch.manual_seed(0)
+    model = InPlace()
+    tokens = torch.randint(31, (6, 5))
+    cotangents = torch.randn(2, 6, 4)
+    logp_of(model, tokens).backward(cotangents.sum(0))
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    method = PCR(model, blocks="inner.weight", norms="fast", rule=pcr_core.GRPO())
+    logp = logp_of(model, tokens)
+    method.accumulate_cotangents(logp, cotangents[0], cotangents[1], group_ids=torch.tensor([0, 0, 0, 1, 1, 1]))
+    method.resolve()
+    method.remove()
+    assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-5)

@@ -1,0 +1,36 @@
+"""The benchmark commands run; what they measure is not looked at here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+SMALL_STEP = ("grpo_step.py", "--responses", "4", "--tokens", "4", "--vocabulary", "64", "--repeats", "1")
+
+
+@pytest.mark.parametrize(
+    ("command", "ways"),
+    [
+        ((*SMALL_STEP, "--only", "PCR", "two"), 4),
+        ((*SMALL_STEP, "--amortised"), 3),
+        (("resolve.py", "--size", "200000", "--repeats", "1"), 4),
+    ],
+    ids=["step", "amortised", "resolve"],
+)
+def test_benchmarks_run(command: tuple[str, ...], ways: int, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / command[0]), *command[1:], "--json", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) >= ways
+    assert rows[0]["ratio"] == 1.0
+    assert all(row["seconds"] > 0 for row in rows)
+    assert "| way | seconds |" in done.stdout
