@@ -109,7 +109,6 @@ class Recorder:
     def _through(self, logp: Tensor, gradients: Sequence[Tensor]) -> None:
         """The streams' backward passes, segment by segment; as one below the last segment with blocks."""
         chain = segments(logp, self._cuts)
-        ours = {id(parameter) for parameter in self._parameters.values()}
         held = [segment.leaves | segment.probed for segment in chain]
         ours = {id(parameter) for parameter in self._parameters.values()}
         # blocks that are not seen may hide in a node that keeps its graph to itself, as reentrant checkpointing does
