@@ -260,6 +260,27 @@ def test_resumed_training_equals_uninterrupted(folder: Path, tmp_path: Path) -> 
     assert all(torch.equal(rest.steps[0][name], whole.steps[2][name]) for name in whole.steps[2])
 
 
+def test_amortised_steps_through_the_trainer_and_resumed_between(folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    options: dict[str, Any] = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "every": 3,
+        "granularity": "global",
+        "peft_config": LoraConfig(r=2, target_modules=["up_proj", "down_proj"]),
+        "learning_rate": 0.05,
+    }
+    trainer, whole = train(PCRTrainer, PCRConfig, folder, tmp_path / "whole", **options)
+    logged = [entry["pcr/measured"] for entry in trainer.state.log_history if "pcr/measured" in entry]
+    assert logged == [1.0, 0.0, 0.0, 1.0]
+    _, rest = train(
+        PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=str(tmp_path / "whole" / "checkpoint-2"), **options
+    )
+    assert all(torch.equal(rest.steps[k][name], whole.steps[2 + k][name]) for k in range(2) for name in whole.steps[2])
+
+
 def test_a_checkpoint_of_another_trainer_is_refused(folder: Path, tmp_path: Path) -> None:
     train(GRPOTrainer, GRPOConfig, folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     with pytest.raises(ValueError, match="was not written by PCRTrainer"):
