@@ -1,0 +1,17 @@
+"""PCR for JAX: pytrees of parameters from any library, pure functions, one compiled program.
+
+Importing it registers the records of `pcr_core` as pytrees.
+"""
+
+try:
+    import jax as _jax  # noqa: F401
+except ImportError as error:
+    raise ImportError("pcr_jax needs JAX: pip install 'pcr-grpo[jax]'") from error
+
+from pcr_jax import records as _records  # noqa: F401
+from pcr_jax.blocks import Blocks, select_blocks
+from pcr_jax.dense import dense
+from pcr_jax.pullback import Pulled, pullback
+from pcr_jax.resolve import Report, resolve
+
+__all__ = ["Blocks", "Pulled", "Report", "dense", "pullback", "resolve", "select_blocks"]
