@@ -18,7 +18,7 @@ def matrix(*shape: int) -> Any:
 
 
 def test_pure_jax_model() -> None:
-    blocks = select_blocks(tiny.parameters())
+    blocks = select_blocks(tiny.parameters(layers=2))
     assert blocks.names == ("layers/0/mlp/down", "layers/0/mlp/up", "layers/1/mlp/down", "layers/1/mlp/up")
     assert blocks.layers == (0, 0, 1, 1)
     assert blocks.sizes == (96,) * 4
@@ -92,14 +92,14 @@ def test_a_module_named_mlp_needs_no_layers() -> None:
 
 @pytest.mark.parametrize(("granularity", "names"), [("layer", ("layers/0", "layers/1")), ("global", ("global",))])
 def test_granularity(granularity: Any, names: tuple[str, ...]) -> None:
-    blocks = select_blocks(tiny.parameters(), "mlp", granularity)
+    blocks = select_blocks(tiny.parameters(layers=2), "mlp", granularity)
     assert blocks.names == names
     assert sum(blocks.sizes) == 4 * 96
     assert blocks.layers[0] == (None if granularity == "global" else 0)
 
 
 def test_all_regular_expression_and_callable() -> None:
-    params = {**tiny.parameters(), "step": jnp.zeros((), jnp.int32)}
+    params = {**tiny.parameters(layers=2), "step": jnp.zeros((), jnp.int32)}
     assert len(select_blocks(params, "all").leaves) == 10  # but not the counter
     assert select_blocks(params, r"1/mlp/d").names == ("layers/1/mlp/down",)
     by_kind = select_blocks(params, lambda path, leaf: "up" if path.endswith("up") else None)
@@ -108,7 +108,7 @@ def test_all_regular_expression_and_callable() -> None:
 
 
 def test_blocks_are_static_arguments() -> None:
-    params = tiny.on_device(tiny.parameters())
+    params = tiny.on_device(tiny.parameters(layers=2))
     assert hash(select_blocks(params)) == hash(select_blocks(params))
     seen: list[Blocks] = []
     jax.jit(lambda p: seen.append(select_blocks(p)) or p)(params)  # type: ignore[func-returns-value]
@@ -116,7 +116,7 @@ def test_blocks_are_static_arguments() -> None:
 
 
 def test_errors_say_what_there_is() -> None:
-    params = tiny.parameters()
+    params = tiny.parameters(layers=2)
     with pytest.raises(ValueError, match=r"blocks: 'ffn' matches no floating leaf.*embed"):
         select_blocks(params, "ffn")
     with pytest.raises(ValueError, match="'mlp' needs layers"):

@@ -19,7 +19,7 @@ BETA = 0.1
 
 
 def parameters(
-    width: int = 8, hidden: int = 12, layers: int = 2, vocabulary: int = 31, seed: int = 0, dtype: str = "float32"
+    width: int = 8, hidden: int = 12, layers: int = 1, vocabulary: int = 31, seed: int = 0, dtype: str = "float32"
 ) -> Any:
     """Larger than the usual initialisation, so that gradients are not all alike."""
     rng = np.random.default_rng(seed)
@@ -100,20 +100,21 @@ def tokens_in(batch: Any) -> float:
     return float(np.sum(batch["mask"]))
 
 
-def contributions(params: Any, batch: Any, leaves: Any) -> tuple[Any, Any]:
-    """The definition: (n, d) gradient of each response's two losses by `jax.grad`, one at a time, uncompiled loops."""
+def contributions(params: Any, batch: Any, leaves: Any, *, compiled: bool = True) -> tuple[Any, Any]:
+    """The definition: (n, d) gradient of each response's two losses by `jax.grad`, one at a time."""
     of_rows, total = objective(tokens_in(batch)), len(batch["advantages"])
-    streams: tuple[list[Any], list[Any]] = ([], [])
-    for i in range(total):
-        row = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
-        for stream, name in zip(streams, ("plasticity_loss", "stability_loss")):
 
-            def loss(p: Any, row: Any = row, name: str = name) -> Any:
-                return getattr(of_rows(forward(p, row, jnp.matmul), row), name).sum()
+    def rows_of(name: str) -> Any:
+        def loss(p: Any, row: Any) -> Any:
+            return getattr(of_rows(forward(p, row, jnp.matmul), row), name).sum()
 
-            grads = jax.tree.leaves(jax.grad(loss)(params))
-            stream.append(jnp.concatenate([grads[k].reshape(-1) for k in leaves]))
-    return jnp.stack(streams[0]), jnp.stack(streams[1])
+        gradient = jax.jit(jax.grad(loss)) if compiled else jax.grad(loss)
+        grads = (
+            jax.tree.leaves(gradient(params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch))) for i in range(total)
+        )
+        return jnp.stack([jnp.concatenate([row[k].reshape(-1) for k in leaves]) for row in grads])
+
+    return rows_of("plasticity_loss"), rows_of("stability_loss")
 
 
 def relative(got: Any, expected: Any) -> float:
