@@ -165,11 +165,11 @@ def _loop(logp_fn: LogpFn, params: Any, grouped: Any, cotangents: Cotangents, bl
         streams = tuple(
             [at_least_float32(g) for g in jax.tree.leaves(pull(w)[0])] for w in both_cotangents(cotangents, logp, rows)
         )
-        return add(sums, streams), (block_products(*streams, blocks), logp[0])
+        return add(sums, streams), (block_products(streams[0], streams[1], blocks), logp[0])
 
     def one_group(totals: Any, rows: Any) -> Any:
         sums, (products, logp) = jax.lax.scan(one_response, nothing, rows)
-        return add(totals, sums), (products, block_products(*sums, blocks), logp)
+        return add(totals, sums), (products, block_products(sums[0], sums[1], blocks), logp)
 
     totals, (response, stratum, logp) = jax.lax.scan(one_group, nothing, grouped)
     return Pulled(
