@@ -96,7 +96,7 @@ def pullback(
         A policy of two tokens over three words, two prompts and two responses each.
 
         >>> import jax, jax.numpy as jnp, pcr_core
-        >>> from pcr_jax import resolve, select_blocks
+        >>> from pcr_jax import dense, resolve, select_blocks
         >>> params = {"up": jnp.eye(3)}
         >>> batch = {"x": jnp.arange(24.0).reshape(4, 2, 3) / 24, "advantage": jnp.asarray([1.0, -1.0, 1.0, -1.0])}
         >>> def logp_fn(params, batch):
