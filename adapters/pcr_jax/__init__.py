@@ -13,5 +13,19 @@ from pcr_jax.blocks import Blocks, select_blocks
 from pcr_jax.dense import dense
 from pcr_jax.pullback import Pulled, pullback
 from pcr_jax.resolve import Report, resolve
+from pcr_jax.train_step import Rollouts, StepReport, TrainState, init_state, make_train_step
 
-__all__ = ["Blocks", "Pulled", "Report", "dense", "pullback", "resolve", "select_blocks"]
+__all__ = [
+    "Blocks",
+    "Pulled",
+    "Report",
+    "Rollouts",
+    "StepReport",
+    "TrainState",
+    "dense",
+    "init_state",
+    "make_train_step",
+    "pullback",
+    "resolve",
+    "select_blocks",
+]
