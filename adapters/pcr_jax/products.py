@@ -1,0 +1,66 @@
+"""Inner products of gradients: float64 where x64 is on, else float32 in short parts, to 1e-7 of |a||b|."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pcr_jax.blocks import Blocks
+
+_PART = 128
+
+
+def wide_dtype() -> Any:
+    """float64 where x64 is on, else float32."""
+    return jnp.result_type(float)
+
+
+def at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _inner(a: Array, b: Array) -> Array:
+    wide = wide_dtype()
+    product = a.astype(wide) * b.astype(wide)
+    if wide == jnp.float64:
+        return jnp.sum(product)
+    while product.size > _PART:
+        product = _short_sums(product).reshape(-1)
+    return jnp.sum(product)
+
+
+def _short_sums(x: Array) -> Array:
+    """(..., k) -> (..., parts), sums of at most _PART neighbours along the last axis, which keeps a sharding intact."""
+    x = jnp.atleast_1d(x)
+    width = x.shape[-1]
+    whole = width // _PART * _PART
+    parts = []
+    if whole:
+        parts.append(jnp.sum(x[..., :whole].reshape(*x.shape[:-1], -1, _PART), axis=-1))
+    if whole < width:
+        parts.append(jnp.sum(x[..., whole:], axis=-1, keepdims=True))
+    # without the barrier XLA merges a sum of sums into one long sum
+    return jax.lax.optimization_barrier(jnp.concatenate(parts, axis=-1))
+
+
+inner = jax.jit(_inner)
+"""a.b over all elements of two arrays of one shape; shape (), the wide dtype."""
+
+
+def three(p: Array, s: Array) -> Array:
+    """(3,) p.p, s.s and p.s."""
+    return jnp.stack([inner(p, p), inner(s, s), inner(p, s)])
+
+
+def block_products(plasticity: Sequence[Array], stability: Sequence[Array], blocks: Blocks) -> Array:
+    """(3, blocks) |p|^2, |s|^2 and p.s of two gradients, given as all leaves of the tree."""
+    sums: list[Any] = [None] * len(blocks.names)
+    for block, p, s in zip(blocks.of_leaf, plasticity, stability, strict=True):
+        if block is not None:
+            products = three(p, s)
+            sums[block] = products if sums[block] is None else sums[block] + products
+    return jnp.stack(sums, axis=1)

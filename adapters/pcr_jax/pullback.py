@@ -1,0 +1,204 @@
+"""From a policy to the totals of both streams and the inner products of per-response contributions.
+
+One forward and two pullbacks of the map parameters -> logp. Never a `vmap` over the two stacked cotangents: compiled
+for a CPU it gave wrong numbers at realistic sizes.
+
+The reference implementation is here: a scan over groups, and in each over its responses, one vjp at a time, so that no
+more than three gradients per stream are held. It takes any model. `fast.py` has the same for dense layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import pcr_core
+from pcr_core import Objective, Scatter
+from pcr_jax.blocks import Blocks, is_floating, path_name
+from pcr_jax.products import at_least_float32, block_products
+from pcr_jax.records import register
+from pcr_jax.resolve import check_blocks, check_floating
+
+Norms = Literal["auto", "fast", "loop"]
+LogpFn: TypeAlias = Callable[[Any, Any], Array]
+Cotangents: TypeAlias = Callable[[Array, Any], tuple[Array, Array] | Objective[Array]]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What one micro-batch contributes; a pytree.
+
+    Attributes:
+        plasticity: P, a tree like the parameters; half precision is summed in float32.
+        stability: S.
+        logp: (n, T).
+        response: (3, n, blocks) |p_i|^2, |s_i|^2 and p_i.s_i of each response.
+        stratum: (3, n / group_size, blocks) the same of each group's summed contribution.
+    """
+
+    plasticity: Any
+    stability: Any
+    logp: Array
+    response: Array
+    stratum: Array
+
+    def scatter(self) -> Scatter[Array]:
+        """Noise of both totals from the scatter within groups; `pcr_core.merge` adds those of micro-batches."""
+        groups, n = self.stratum.shape[1], self.response.shape[1]
+        ids = jnp.repeat(jnp.arange(groups), n // groups)
+        return Scatter(
+            pcr_core.stratified_variance(self.response[0], self.stratum[0], ids),
+            pcr_core.stratified_variance(self.response[1], self.stratum[1], ids),
+            pcr_core.stratified_covariance(self.response[2], self.stratum[2], ids),
+        )
+
+
+register(Pulled)
+
+
+def pullback(
+    logp_fn: LogpFn,
+    params: Any,
+    batch: Any,
+    cotangents: Cotangents,
+    *,
+    blocks: Blocks,
+    group_size: int,
+    norms: Norms = "auto",
+    groups_at_once: int = 1,
+) -> Pulled:
+    """Totals and inner products of both streams, for `resolve`. Memory does not grow with the number of groups.
+
+    Args:
+        logp_fn: (params, rows of the batch) -> (rows, T) token log-probabilities; a response's must not depend on the
+            others in the batch.
+        params: pytree of floating arrays.
+        batch: pytree of arrays with one row a response, the responses of a group next to each other.
+        cotangents: (logp, the same rows of the batch) -> the (rows, T) derivatives of both losses with respect to logp,
+            or a `pcr_core.Objective` that holds them. It sees some of the rows: give it the normaliser of all of them.
+        blocks: of `select_blocks(params)`.
+        group_size: responses a prompt, at least 2.
+        norms: "fast" measures kernels that pass through `dense`; "loop" takes any model, at a vjp per response and
+            stream; "auto" is "fast" where all block leaves pass through `dense`, else "loop".
+        groups_at_once: groups in one forward pass of the fast path; must divide their number.
+
+    Raises:
+        ValueError: rows that are not whole groups, shapes that do not match, or norms="fast" with what it does not
+            measure, with the reason.
+        TypeError: leaves of params that are not floating.
+
+    Example:
+        A policy of two tokens over three words, two prompts and two responses each.
+
+        >>> import jax, jax.numpy as jnp, pcr_core
+        >>> from pcr_jax import dense, resolve, select_blocks
+        >>> params = {"up": jnp.eye(3)}
+        >>> batch = {"x": jnp.arange(24.0).reshape(4, 2, 3) / 24, "advantage": jnp.asarray([1.0, -1.0, 1.0, -1.0])}
+        >>> def logp_fn(params, batch):
+        ...     return jax.nn.log_softmax(dense(batch["x"], params["up"]))[..., 0]
+        >>> def cotangents(logp, batch):
+        ...     plasticity = -batch["advantage"][:, None] + 0 * logp
+        ...     return plasticity / 8, 0.01 * logp / 8
+        >>> blocks = select_blocks(params, "all")
+        >>> pulled = pullback(logp_fn, params, batch, cotangents, blocks=blocks, group_size=2)
+        >>> update, report = resolve(pulled.plasticity, pulled.stability, pulled.scatter(), blocks=blocks)
+        >>> update["up"].shape, bool(report.weights.finite.all())
+        ((3, 3), True)
+    """
+    from pcr_jax.fast import pull_fast, uncovered
+
+    if norms not in get_args(Norms):
+        raise ValueError(f"norms: expected one of {get_args(Norms)}, got {norms!r}")
+    check_floating(params, "params")
+    check_blocks(params, blocks, "params")
+    groups = _groups(batch, group_size)
+    if isinstance(groups_at_once, bool) or not isinstance(groups_at_once, int) or groups_at_once < 1:
+        raise ValueError(f"groups_at_once: expected a positive integer, got {groups_at_once!r}")
+    if groups % groups_at_once:
+        raise ValueError(f"groups_at_once: {groups_at_once} does not divide the {groups} groups of the batch")
+    grouped = jax.tree.map(lambda x: x.reshape(groups, group_size, *x.shape[1:]), batch)
+    if norms != "loop":
+        reason, probes = uncovered(logp_fn, params, grouped, groups_at_once, blocks)
+        if reason is None:
+            return pull_fast(logp_fn, params, grouped, cotangents, groups_at_once, blocks, probes)
+        if norms == "fast":
+            raise ValueError(f"norms='fast': {reason}; use norms='loop' or other blocks")
+    return _loop(logp_fn, params, grouped, cotangents, blocks)
+
+
+def both_cotangents(cotangents: Cotangents, logp: Array, rows: Any) -> tuple[Array, Array]:
+    """Checked: two arrays of logp's shape, in its dtype."""
+    n = jax.tree.leaves(rows)[0].shape[0]
+    if logp.ndim != 2 or logp.shape[0] != n:
+        raise ValueError(f"logp_fn: expected shape (rows, T) for {n} rows, got {tuple(logp.shape)}")
+    got = cotangents(logp, rows)
+    if isinstance(got, Objective):
+        got = (got.plasticity_cotangent, got.stability_cotangent)
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        raise TypeError(f"cotangents: expected a pair of arrays or an Objective, got {type(got).__name__}")
+    for stream, w in zip(("plasticity", "stability"), got, strict=True):
+        if tuple(w.shape) != tuple(logp.shape):
+            raise ValueError(f"cotangents: {stream} has shape {tuple(w.shape)}, logp has {tuple(logp.shape)}")
+    return got[0].astype(logp.dtype), got[1].astype(logp.dtype)
+
+
+def zeros_like(leaves: Sequence[Array]) -> list[Array]:
+    return [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
+
+
+def add(sums: Any, parts: Any) -> Any:
+    return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, parts)
+
+
+def _loop(logp_fn: LogpFn, params: Any, grouped: Any, cotangents: Cotangents, blocks: Blocks) -> Pulled:
+    leaves, structure = jax.tree.flatten(params)
+    nothing = (zeros_like(leaves), zeros_like(leaves))
+
+    def one_response(sums: Any, row: Any) -> Any:
+        rows = jax.tree.map(lambda x: x[None], row)
+        logp, pull = jax.vjp(lambda p: logp_fn(p, rows), params)
+        streams = tuple(
+            [at_least_float32(g) for g in jax.tree.leaves(pull(w)[0])] for w in both_cotangents(cotangents, logp, rows)
+        )
+        return add(sums, streams), (block_products(streams[0], streams[1], blocks), logp[0])
+
+    def one_group(totals: Any, rows: Any) -> Any:
+        sums, (products, logp) = jax.lax.scan(one_response, nothing, rows)
+        return add(totals, sums), (products, block_products(sums[0], sums[1], blocks), logp)
+
+    totals, (response, stratum, logp) = jax.lax.scan(one_group, nothing, grouped)
+    return Pulled(
+        plasticity=jax.tree.unflatten(structure, totals[0]),
+        stability=jax.tree.unflatten(structure, totals[1]),
+        logp=logp.reshape(-1, logp.shape[-1]),
+        response=jnp.moveaxis(response.reshape(-1, *response.shape[2:]), 1, 0),
+        stratum=jnp.moveaxis(stratum, 1, 0),
+    )
+
+
+def _groups(batch: Any, group_size: Any) -> int:
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+        raise ValueError(
+            f"group_size: expected an integer >= 2, got {group_size!r}; one response tells nothing of the variance"
+        )
+    rows: int | None = None
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        name = path_name(path) or "the array"
+        if getattr(leaf, "ndim", 0) < 1:
+            raise ValueError(f"batch: {name} has no axis of responses; close over what is not per response")
+        if rows is None:
+            rows = int(leaf.shape[0])
+        if leaf.shape[0] != rows:
+            raise ValueError(f"batch: {name} has {leaf.shape[0]} rows, the first leaf has {rows}")
+        if is_floating(leaf):
+            check_floating(leaf, f"batch: {name}")
+    if not rows or rows % group_size:
+        raise ValueError(
+            f"batch: {rows} rows are not whole groups of {group_size}; groups of unequal size are not supported"
+        )
+    return rows // group_size

@@ -1,0 +1,148 @@
+"""Two gradients as pytrees in, the update out; pure, so that it can be part of any compiled program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import pcr_core
+from pcr_core import BlockStatistics, Rule, Scatter, TemporalPrior, Weights
+from pcr_jax.blocks import Blocks, Selector, is_floating, path_name, select_blocks
+from pcr_jax.products import block_products, wide_dtype
+from pcr_jax.records import register
+
+Tree = TypeVar("Tree")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was decided on what; arrays of shape (blocks,). A pytree, whose `blocks` are part of its structure."""
+
+    weights: Weights[Array]
+    statistics: BlockStatistics[Array]
+    blocks: Blocks
+
+
+register(Report, static=("blocks",))
+
+
+def resolve(
+    plasticity_grads: Tree,
+    stability_grads: Tree,
+    statistics: Scatter[Array] | BlockStatistics[Array],
+    rule: Rule = pcr_core.PCR(),
+    *,
+    blocks: Blocks | Selector = "mlp",
+) -> tuple[Tree, Report]:
+    """The update a P + b S with the rule's two weights per block, and P + S outside the blocks.
+
+    Nothing of a gradient's size is formed but the update, which takes the memory of a gradient where that is donated:
+    `jax.jit(resolve, static_argnames=("rule", "blocks"), donate_argnums=(0,))`.
+
+    Args:
+        plasticity_grads: pytree of floating arrays, the total plasticity gradient P.
+        stability_grads: the same structure and shapes: the total stability gradient S, beta included.
+        statistics: the Scatter of both (`pullback(...).scatter()`), to which the inner products of the totals are
+            added here; or complete BlockStatistics. Arrays of shape (blocks,), in the order of `blocks.names`.
+        rule: any `pcr_core.Rule`; not with TemporalPrior.
+        blocks: of `select_blocks`, or a selector of it.
+
+    Returns:
+        The update, each leaf in its gradients' dtype, and a Report. A block whose sums are not finite gets a non-finite
+        update and `weights.finite` False.
+
+    Raises:
+        TypeError: leaves that are not floating (or float64 while x64 is off), statistics or a rule of another kind.
+        ValueError: trees that do not match each other or `blocks`, or TemporalPrior.
+
+    Example:
+        >>> import jax.numpy as jnp, pcr_core
+        >>> p, s = {"w": jnp.asarray([4.0, 2.0])}, {"w": jnp.asarray([-1.0, 0.0])}
+        >>> noise = pcr_core.Scatter(jnp.asarray([3.0]), jnp.asarray([0.0]), jnp.asarray([0.0]))
+        >>> update, report = resolve(p, s, noise, pcr_core.PCR(), blocks="all")
+        >>> update["w"].tolist(), report.weights.alpha.tolist()  # S is certain: the conflicting component goes
+        ([-1.0, 2.0], [1.0])
+    """
+    if not callable(rule):
+        raise TypeError(f"rule: expected a pcr_core rule such as pcr_core.PCR(), got {rule!r}")
+    if isinstance(rule, pcr_core.PCR) and isinstance(rule.prior, TemporalPrior):
+        raise ValueError(
+            "rule: TemporalPrior keeps two more gradients from step to step, which resolve does not carry yet; "
+            "use FlatPrior() or ShrinkagePrior()"
+        )
+    check_floating(plasticity_grads, "plasticity_grads")
+    check_floating(stability_grads, "stability_grads")
+    chosen = blocks if isinstance(blocks, Blocks) else select_blocks(plasticity_grads, blocks)
+    check_blocks(plasticity_grads, chosen, "plasticity_grads")
+    check_blocks(stability_grads, chosen, "stability_grads")
+    plasticity, structure = jax.tree.flatten(plasticity_grads)
+    stability = jax.tree.leaves(stability_grads)
+    for path, p, s in zip(chosen.paths, plasticity, stability, strict=True):
+        if p.shape != s.shape:
+            raise ValueError(f"stability_grads: {path} has shape {s.shape}, in plasticity_grads it has {p.shape}")
+    complete = _complete(statistics, plasticity, stability, chosen)
+    weights = rule(complete)
+    update = [
+        _combine(p, s, None if block is None else (weights.plasticity[block], weights.stability[block]))
+        for block, p, s in zip(chosen.of_leaf, plasticity, stability, strict=True)
+    ]
+    return jax.tree.unflatten(structure, update), Report(weights, complete, chosen)
+
+
+def check_floating(tree: Any, name: str) -> None:
+    """TypeError naming the first leaf that is not a floating array, or is float64 while x64 is off."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        where = f"{name}: {path_name(path) or 'the leaf'}"
+        if not is_floating(leaf):
+            raise TypeError(f"{where} is {getattr(leaf, 'dtype', type(leaf).__name__)}, expected a floating array")
+        if leaf.dtype == jnp.float64 and wide_dtype() != jnp.float64:
+            raise TypeError(f"{where} is float64, and JAX would make it float32: cast it, or turn x64 on")
+
+
+def check_blocks(tree: Any, blocks: Blocks, name: str) -> None:
+    """ValueError unless `blocks` were selected on a tree of this structure."""
+    paths = tuple(path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
+    if paths != blocks.paths:
+        odd = sorted(set(paths) ^ set(blocks.paths))
+        raise ValueError(
+            f"{name}: its {len(paths)} leaves are not the {len(blocks.paths)} that the blocks were selected on"
+            + (f"; only one of them has {odd[0]}" if odd else "")
+        )
+
+
+def _complete(
+    statistics: Any, plasticity: list[Array], stability: list[Array], blocks: Blocks
+) -> BlockStatistics[Array]:
+    if not isinstance(statistics, (Scatter, BlockStatistics)):
+        raise TypeError(f"statistics: expected a pcr_core.Scatter or BlockStatistics, got {type(statistics).__name__}")
+    expected = (len(blocks.names),)
+    if tuple(statistics.plasticity_var.shape) != expected:
+        got = tuple(statistics.plasticity_var.shape)
+        raise ValueError(f"statistics: expected arrays of shape {expected}, one number a block, got {got}")
+    if isinstance(statistics, BlockStatistics):
+        return statistics
+    wide = wide_dtype()
+    products = block_products(plasticity, stability, blocks)
+    return BlockStatistics(
+        plasticity_sq=products[0],
+        stability_sq=products[1],
+        dot=products[2],
+        plasticity_var=statistics.plasticity_var.astype(wide),
+        stability_var=statistics.stability_var.astype(wide),
+        covariance=statistics.covariance.astype(wide),
+        size=jnp.asarray(blocks.sizes, dtype=wide),
+    )
+
+
+def _combine(p: Array, s: Array, weights: tuple[Array, Array] | None) -> Array:
+    out = jnp.promote_types(p.dtype, s.dtype)
+    dtype = jnp.promote_types(out, jnp.float32)
+    p, s = p.astype(dtype), s.astype(dtype)
+    if weights is None:
+        return (p + s).astype(out)
+    a, b = (w.astype(dtype) for w in weights)  # a float64 scalar would widen the whole leaf
+    return (a * p + b * s).astype(out)

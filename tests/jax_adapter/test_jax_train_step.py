@@ -1,0 +1,94 @@
+"""The compiled step: what it computes, how often it compiles, and what of it a checkpoint holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from tiny import BETA, GROUP, relative
+
+import pcr_core
+from pcr_jax import Rollouts, init_state, make_train_step
+
+
+def rollouts(seed: int = 1, groups: int = 4) -> Rollouts:
+    data = tiny.on_device(tiny.rollouts(groups=groups, seed=seed))
+    tokens = {"tokens": data.pop("tokens")}
+    return Rollouts(tokens, **data)
+
+
+@pytest.mark.parametrize("normalization", ["grpo", "dapo", "dr_grpo"])
+def test_the_sum_rule_takes_the_step_of_plain_grpo(normalization: Any) -> None:
+    params, data = tiny.on_device(tiny.parameters()), rollouts()
+
+    def loss(p: Any) -> Any:
+        logp = tiny.forward(p, data.inputs, jnp.matmul)
+        obj = pcr_core.grpo_objective(
+            logp, data.logp_old, data.logp_ref, data.advantages, data.mask, beta=BETA, normalization=normalization
+        )
+        return (obj.plasticity_loss + obj.stability_loss).sum()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    options: dict[str, Any] = {"group_size": GROUP, "beta": BETA, "normalization": normalization}
+    sgd = optax.sgd(1.0)
+    step = make_train_step(tiny.forward, sgd, rule=pcr_core.GRPO(), microbatch=2 * GROUP, **options)
+    state, report = step(init_state(params, sgd), data)
+    for new, old, grad in zip(*(jax.tree.leaves(x) for x in (state.params, params, grads)), strict=True):
+        assert relative(old - new, grad) <= 1e-4
+    assert float(report.plasticity_loss + report.stability_loss) == pytest.approx(float(value), rel=1e-5)
+    assert report.resolution.weights.finite.all()
+
+
+def test_compiles_once_and_donates() -> None:
+    traces = []
+
+    def logp_fn(params: Any, inputs: Any) -> Any:
+        traces.append(1)
+        return tiny.forward(params, inputs)
+
+    optimizer = optax.adam(1e-2)
+    step: Any = make_train_step(logp_fn, optimizer, group_size=GROUP, beta=BETA)
+    params = tiny.on_device(tiny.parameters())
+    first = state = init_state(params, optimizer)
+    state, _ = step(state, rollouts())
+    traced = len(traces)
+    for seed in range(2, 5):
+        state, _ = step(state, rollouts(seed))
+    assert len(traces) == traced
+    assert step._cache_size() == 1
+    assert int(state.step) == 4
+    assert all(x.is_deleted() for x in jax.tree.leaves(first.params))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(params))
+
+
+def test_a_checkpoint_continues_exactly(tmp_path: Path) -> None:
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    optimizer = optax.adam(1e-2)
+    step = make_train_step(tiny.forward, optimizer, group_size=GROUP, beta=BETA)
+    state, _ = step(init_state(tiny.on_device(tiny.parameters()), optimizer), rollouts())
+    with checkpoint.StandardCheckpointer() as store:
+        store.save(tmp_path / "state", state)
+        store.wait_until_finished()
+        again = store.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, state))
+    for x, y in zip(*(jax.tree.leaves(step(s, rollouts(2))[0]) for s in (state, again)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_bad_input_is_named() -> None:
+    options: dict[str, Any] = {"group_size": GROUP, "beta": BETA}
+    with pytest.raises(TypeError, match="optimizer: expected an optax"):
+        make_train_step(tiny.forward, "adam", **options)
+    with pytest.raises(ValueError, match="normalization"):
+        make_train_step(tiny.forward, optax.sgd(1.0), **options, normalization="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="microbatch: expected whole groups of 3"):
+        make_train_step(tiny.forward, optax.sgd(1.0), **options, microbatch=4)
+    step = make_train_step(tiny.forward, optax.sgd(1.0), **options)
+    state = init_state(tiny.on_device(tiny.parameters()), optax.sgd(1.0))
+    with pytest.raises(TypeError, match="rollouts: expected"):
+        step(state, tiny.rollouts())
