@@ -31,11 +31,11 @@ def statistics(pulled: Pulled, blocks: Blocks) -> Any:
 @pytest.mark.parametrize(
     ("dtype", "norms", "mode"),
     [
-        ("float32", "fast", "eager"),
+        pytest.param(*("float32", "fast", "eager"), marks=pytest.mark.slow),
         ("float32", "fast", "jit"),
         ("float32", "loop", "jit"),
         ("float64", "fast", "jit"),
-        ("float64", "loop", "eager"),
+        pytest.param(*("float64", "loop", "eager"), marks=pytest.mark.slow),
     ],
 )
 def test_equals_gradients_of_single_responses(dtype: str, norms: str, mode: str) -> None:
@@ -64,7 +64,7 @@ def test_equals_gradients_of_single_responses(dtype: str, norms: str, mode: str)
         assert relative(pulled.response[2].sum(1), (p * s).sum(1)) <= 10 * bound
 
 
-@pytest.mark.parametrize("norms", ["loop", "fast"])
+@pytest.mark.parametrize("norms", [pytest.param("loop", marks=pytest.mark.slow), "fast"])
 def test_sum_rule_is_the_gradient_of_the_summed_loss(norms: str) -> None:
     params, batch = tiny.on_device(tiny.parameters()), tiny.on_device(tiny.rollouts(groups=4))
     of_rows = objective(tokens_in(batch))
@@ -79,6 +79,7 @@ def test_sum_rule_is_the_gradient_of_the_summed_loss(norms: str) -> None:
         assert relative(got, expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_passes_of_several_groups_change_nothing() -> None:
     params, batch = tiny.on_device(tiny.parameters()), tiny.on_device(tiny.rollouts(groups=4))
     one, two = pull(params, batch, "fast"), pull(params, batch, "fast", groups_at_once=2)
@@ -95,6 +96,7 @@ def test_arrays_that_two_leaves_share() -> None:
         assert relative(x, y) <= 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_are_summed_in_float32() -> None:
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.on_device(tiny.parameters()))
     batch = tiny.on_device(tiny.rollouts())
@@ -124,6 +126,7 @@ def test_realistic_sizes() -> None:
         assert relative(totals[0], total) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_model_of_realistic_width_compiled_and_not() -> None:
     params = tiny.on_device(tiny.parameters(width=512, hidden=1536, layers=1))
     batch = tiny.on_device(tiny.rollouts(length=125))

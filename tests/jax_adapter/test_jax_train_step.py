@@ -23,7 +23,9 @@ def rollouts(seed: int = 1, groups: int = 4) -> Rollouts:
     return Rollouts(tokens, **data)
 
 
-@pytest.mark.parametrize("normalization", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize(
+    "normalization", ["dapo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("grpo", "dr_grpo"))]
+)
 def test_the_sum_rule_takes_the_step_of_plain_grpo(normalization: Any) -> None:
     params, data = tiny.on_device(tiny.parameters()), rollouts()
 
@@ -67,6 +69,7 @@ def test_compiles_once_and_donates() -> None:
     assert not any(x.is_deleted() for x in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_continues_exactly(tmp_path: Path) -> None:
     checkpoint = pytest.importorskip("orbax.checkpoint")
     optimizer = optax.adam(1e-2)
