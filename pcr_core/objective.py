@@ -208,16 +208,24 @@ def _masked(xp: Any, keep: Any, x: Any) -> Any:
 
 def _normalization(xp: Any, token: Any, normalization: Normalization, normalizer: Any) -> tuple[Any, Any]:
     """(n, T) weight of each token, zero where masked, and (n, 1) response lengths, at least 1."""
-    n, length = token.shape
+    scale = batch_normalizer(token, normalization) if normalizer is None else normalizer
     tokens = xp.sum(token, axis=1, keepdims=True)
     tokens = xp.where(tokens > 0, tokens, xp.ones_like(tokens))
     if normalization == "grpo":
-        return token / tokens / (n if normalizer is None else normalizer), tokens
+        token = token / tokens
+    return token / scale, tokens
+
+
+def batch_normalizer(token: Any, normalization: Normalization) -> Any:
+    """`grpo_objective`'s normalizer of a whole batch, from its (n, T) mask as floating 0 and 1."""
+    n, length = token.shape
+    if normalization == "grpo":
+        return n
     if normalization == "dr_grpo":
-        return token / (n * length if normalizer is None else normalizer), tokens
+        return n * length
+    xp = common_namespace(token=token)
     total = xp.sum(token)
-    total = xp.where(total > 0, total, xp.ones_like(total))
-    return token / (total if normalizer is None else normalizer), tokens
+    return xp.where(total > 0, total, xp.ones_like(total))
 
 
 def _check_options(beta: Any, clip: tuple[float, float], normalization: str, importance: str) -> None:

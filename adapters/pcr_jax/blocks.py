@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
+from pcr_core._selection import selects
+
 Granularity = Literal["tensor", "layer", "global"]
 Selector: TypeAlias = str | Callable[[str, Any], bool | str | None]
 
@@ -79,7 +81,7 @@ def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularit
     paths = tuple(path for path, _ in flat)
     members: dict[str, list[int]] = {}
     for k, (path, leaf) in enumerate(flat):
-        label = _matches(blocks, path, leaf)
+        label = selects(blocks, path, leaf, _is_mlp(path, leaf))
         if label is not False and is_floating(leaf):
             members.setdefault(label if isinstance(label, str) else _block_name(path, granularity), []).append(k)
     if not members:
@@ -107,22 +109,6 @@ def path_name(path: Any) -> str:
 
 def is_floating(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
-def _matches(blocks: Selector, path: str, leaf: Any) -> bool | str:
-    if callable(blocks):
-        answer = blocks(path, leaf)
-        return answer if isinstance(answer, str) else bool(answer)
-    if not isinstance(blocks, str):
-        raise TypeError(f"blocks: expected 'mlp', 'all', a regular expression or a callable, got {blocks!r}")
-    if blocks == "all":
-        return True
-    if blocks == "mlp":
-        return _is_mlp(path, leaf)
-    try:
-        return re.search(blocks, path) is not None
-    except re.error as error:
-        raise ValueError(f"blocks: {blocks!r} is not a regular expression: {error}") from error
 
 
 def _is_mlp(path: str, leaf: Any) -> bool:

@@ -12,7 +12,7 @@ from jax import Array
 
 import pcr_core
 from pcr_core import Objective, Rule
-from pcr_core.objective import Importance, Normalization
+from pcr_core.objective import Importance, Normalization, batch_normalizer
 from pcr_jax.blocks import Blocks, Granularity, Selector, select_blocks
 from pcr_jax.pullback import LogpFn, Norms, pullback
 from pcr_jax.records import register
@@ -142,7 +142,7 @@ def make_train_step(
         if not isinstance(rollouts, Rollouts):
             raise TypeError(f"rollouts: expected pcr_jax.Rollouts, got {type(rollouts).__name__}")
         chosen = blocks if isinstance(blocks, Blocks) else select_blocks(state.params, blocks, granularity)
-        normalizer = _normalizer(rollouts.mask, normalization)
+        normalizer = batch_normalizer((rollouts.mask != 0).astype(jnp.float32), normalization)
         pulled = pullback(
             lambda params, rows: logp_fn(params, rows.inputs),
             state.params,
@@ -165,11 +165,3 @@ def make_train_step(
 
     compiled: Callable[[TrainState, Rollouts], tuple[TrainState, StepReport]] = jax.jit(step, donate_argnums=(0,))
     return compiled
-
-
-def _normalizer(mask: Array, normalization: Normalization) -> Array:
-    """What `pcr_core.grpo_objective` divides by, counted over the whole batch."""
-    n, length = mask.shape
-    counts = {"grpo": jnp.asarray(n), "dr_grpo": jnp.asarray(n * length)}
-    count = counts.get(normalization, jnp.maximum(jnp.sum(mask != 0), 1))
-    return count.astype(jnp.float32)

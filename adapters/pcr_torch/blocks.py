@@ -14,6 +14,8 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
+from pcr_core._selection import selects
+
 Granularity = Literal["tensor", "module", "layer", "global"]
 Selector: TypeAlias = str | Callable[[str, nn.Parameter], bool | str | None]
 
@@ -74,7 +76,7 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
     frozen: list[str] = []
     for name, parameter in model.named_parameters():
         place = _place(model, name)
-        label = _matches(blocks, name, parameter, place)
+        label = selects(blocks, name, parameter, _is_mlp(parameter, place))
         if label is False:
             continue
         if not parameter.requires_grad:
@@ -85,22 +87,6 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
     if not chosen:
         raise ValueError(_nothing(model, blocks, frozen))
     return tuple(_block(key, members) for key, members in chosen.items())
-
-
-def _matches(blocks: Selector, name: str, parameter: nn.Parameter, place: _Place) -> bool | str:
-    if callable(blocks):
-        answer = blocks(name, parameter)
-        return answer if isinstance(answer, str) else bool(answer)
-    if not isinstance(blocks, str):
-        raise TypeError(f"blocks: expected 'mlp', 'all', a regular expression or a callable, got {blocks!r}")
-    if blocks == "all":
-        return True
-    if blocks == "mlp":
-        return _is_mlp(parameter, place)
-    try:
-        return re.search(blocks, name) is not None
-    except re.error as error:
-        raise ValueError(f"blocks: {blocks!r} is not a regular expression: {error}") from error
 
 
 def _is_mlp(parameter: nn.Parameter, place: _Place) -> bool:

@@ -58,4 +58,4 @@ def add_combination(parameter: nn.Parameter, p: Tensor | None, s: Tensor | None,
     elif not math.isfinite(b):
         update.add_(b)
     update = like(update.to(parameter.dtype), parameter)
-    parameter.grad = update if parameter.grad is None else parameter.grad + update
+    parameter.grad = update if parameter.grad is None else update.add_(parameter.grad)

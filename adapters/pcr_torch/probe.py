@@ -178,7 +178,7 @@ class Recorder:
             return gradient
         # autograd would wait for the weight's use in a lower segment, which this pass does not come to
         gradient = gradient.to(weight.dtype)
-        weight.grad = gradient if weight.grad is None else weight.grad + gradient
+        weight.grad = gradient if weight.grad is None else gradient.add_(weight.grad)
         return None
 
     def _measure(self, members: dict[str, str], x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> None:

@@ -13,7 +13,7 @@ from pcr_core import BlockStatistics, Scatter
 from pcr_torch.blocks import Block
 from pcr_torch.combine import gradient_products
 from pcr_torch.distributed import Ranks
-from pcr_torch.pullback import Pulled, wide_dtype
+from pcr_torch.pullback import Pulled, inner, wide_dtype
 
 Totals = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -86,7 +86,7 @@ class BlockSums:
                 products = share * gradient_products(p[name], s[name])
             elif share and (name in p or name in s):
                 alone = 0 if name in p else 1
-                products[alone] = share * gradient_products(totals[alone][name], totals[alone][name])[0]
+                products[alone] = share * inner(totals[alone][name], totals[alone][name])
             rows.append(products.to(device))
         return self._per_block(torch.stack(rows).to("cpu", torch.float64).T.contiguous())
 
