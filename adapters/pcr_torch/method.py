@@ -19,9 +19,9 @@ from pcr_torch.batch import check_batch
 from pcr_torch.blocks import Granularity, Selector, select_blocks
 from pcr_torch.combine import add_combination
 from pcr_torch.distributed import average, unwrap
-from pcr_torch.probe import Recorder
 from pcr_torch.products import WORKSPACE
 from pcr_torch.pullback import backward_others, per_response, total_dtype
+from pcr_torch.recorder import Recorder
 from pcr_torch.report import Report
 from pcr_torch.statistics import BlockSums, Totals
 from pcr_torch.temporal import TemporalFilter

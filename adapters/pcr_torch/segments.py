@@ -11,7 +11,7 @@ backward pass is over the whole graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -154,8 +154,10 @@ def _reach(start: Node, cuts: Cuts) -> _Reached:
             reached.cuts.add(node)
         elif node not in reached.nodes:
             reached.nodes.add(node)
-            is_probe = getattr(made_by, "is_probe", False)
-            queue.extend((after, is_probe) for after, _ in node.next_functions if after is not None)
+            is_probe = getattr(made_by, "is_probe", False)  # its first input is the layer's
+            queue.extend(
+                (after, is_probe and k > 0) for k, (after, _) in enumerate(node.next_functions) if after is not None
+            )
     return reached
 
 
@@ -170,10 +172,23 @@ def _all_later(nodes: set[Node], cut: Node) -> bool:
 
 def layers_of(model: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], nn.Module | None]:
     """The layers from the lowest that holds one of the named parameters on, and the last; none without a ModuleList."""
+    for start, stack in _stacks(model):
+        indices = [int(name[len(start) :].partition(".")[0]) for name in names if name.startswith(start)]
+        if indices:
+            return list(stack)[min(indices) :], stack[len(stack) - 1]
+    return [], None
+
+
+def lies_on_top(model: nn.Module, path: str) -> bool:
+    """Whether a module lies in the last layer of a stack or outside of it; true without a ModuleList."""
+    for start, stack in _stacks(model):
+        if path.startswith(start):
+            return int(path[len(start) :].partition(".")[0]) == len(stack) - 1
+    return True
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Every ModuleList, the outer ones first, with what the names of its elements begin with."""
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            start = f"{path}." if path else ""
-            indices = [int(name[len(start) :].partition(".")[0]) for name in names if name.startswith(start)]
-            if indices:
-                return list(module)[min(indices) :], module[len(module) - 1]
-    return [], None
+            yield f"{path}." if path else "", module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import pcr_core
 from pcr_torch import PCR
-from pcr_torch.probe import Recorder
+from pcr_torch.recorder import Recorder
 from pcr_torch.segments import segments
 
 
@@ -48,13 +49,13 @@ def test_streams_merge_below_the_lowest_block(architecture: str) -> None:
 def test_layers_below_are_visited_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = tiny_model("llama"), batch()
     visits: list[str] = []
-    arrived = Recorder._arrived
+    arrived = Recorder.arrived
 
-    def counted(self: Recorder, path: str, x: Tensor, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def counted(self: Recorder, path: str, *args: Any) -> Any:
         visits.append(path)
-        return arrived(self, path, x, dy)
+        return arrived(self, path, *args)
 
-    monkeypatch.setattr(Recorder, "_arrived", counted)
+    monkeypatch.setattr(Recorder, "arrived", counted)
     pull(model, data, "fast", blocks=r"layers\.1\.mlp")
     assert visits.count("model.layers.1.mlp.up_proj") == 2
     assert visits.count("model.layers.0.mlp.up_proj") == 1
