@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from llama import as_llama
 
 from pcr_jax.train.generate import generate, pad_left, token_logp
 from pcr_jax.train.model import Size, Transformer
@@ -28,23 +29,6 @@ def model() -> tuple[Any, Any]:
     structure, params = new_tiny(0)
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     return structure, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
-
-
-def as_llama(params: Any) -> Any:
-    """torch's tiny model with these parameters."""
-    llama = _new_model(character_tokenizer())
-    mine = nnx.to_pure_dict(params)
-    weights = {f"{name}.weight": mine["embed"] for name in ("model.embed_tokens", "lm_head")}
-    weights["model.norm.weight"] = mine["norm"]["scale"]
-    for i, layer in mine["layers"].items():
-        at = f"model.layers.{i}"
-        weights[f"{at}.input_layernorm.weight"] = layer["attn_norm"]["scale"]
-        weights[f"{at}.post_attention_layernorm.weight"] = layer["mlp_norm"]["scale"]
-        for theirs, part in (("self_attn", "attn"), ("mlp", "mlp")):
-            for name, linear in layer[part].items():
-                weights[f"{at}.{theirs}.{name}.weight"] = np.asarray(linear["kernel"]).T
-    llama.load_state_dict({name: torch.tensor(np.asarray(x)) for name, x in weights.items()})
-    return llama.eval()
 
 
 def test_the_model_is_torchs_tiny_llama_padding_included(model: tuple[Any, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 Tree = TypeVar("Tree")
@@ -24,7 +25,7 @@ def save(tree: object, folder: Path) -> None:
 
 
 def load(folder: Path, like: Tree) -> Tree:
-    """The tree saved in `folder`, with the shapes, dtypes and devices of `like`.
+    """The tree saved in `folder`, with the shapes and dtypes of `like`, on the default device.
 
     Raises:
         ValueError: it holds another tree, or is not whole.
@@ -34,7 +35,8 @@ def load(folder: Path, like: Tree) -> Tree:
             tree: Tree = checkpointer.restore(folder.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"checkpoint: {folder} could not be read: {str(error).splitlines()[0]}") from error
-    return tree
+    # not bound to the device: a step compiled for arrays that are not would be compiled again for those that are
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x)), tree)
 
 
 def is_complete(folder: Path) -> bool:
