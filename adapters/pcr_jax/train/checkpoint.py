@@ -36,7 +36,8 @@ def load(folder: Path, like: Tree) -> Tree:
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"checkpoint: {folder} could not be read: {str(error).splitlines()[0]}") from error
     # not bound to the device: a step compiled for arrays that are not would be compiled again for those that are
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x)), tree)
+    loaded: Tree = jax.tree.map(lambda x: jax.device_put(np.asarray(x)), tree)
+    return loaded
 
 
 def is_complete(folder: Path) -> bool:
