@@ -34,7 +34,7 @@ class CharacterTokenizer:
     Example:
         >>> tokenizer = CharacterTokenizer()
         >>> tokenizer(["1 = "])["input_ids"]
-        [[4, 97, 91, 97]]
+        [[4, 97, 83, 97]]
         >>> tokenizer.decode([4, 97, VOCABULARY[END]])
         '1 '
     """

@@ -252,7 +252,7 @@ def test_two_steps_of_plain_grpo_are_those_of_torch(go: Go, start: Path, tmp_pat
     before = dict(as_llama(made.params).named_parameters())
     error = sum((mine[n] - p).square().sum().item() for n, p in policy.named_parameters())
     moved = sum((before[n] - p).square().sum().item() for n, p in policy.named_parameters())
-    assert (error / moved) ** 0.5 <= 0.02  # Adam divides by the gradient's size, so the smallest ones differ most
+    assert (error / moved) ** 0.5 <= 1e-3
 
 
 def _logp(model: Any, rollouts: Any) -> torch.Tensor:
