@@ -272,6 +272,8 @@ def test_answers_do_not_depend_on_the_batch_and_sampled_ones_on_the_seed_alone(g
     assert all(text.count("\n") <= 1 and not text.strip().count("\n") for text in greedy)
     one, same, other = (made.respond(prompts, max_tokens=5, temperature=1.0, seed=s) for s in (0, 0, 1))
     assert one == same != other
+    many = made.respond(prompts[:1] * 128, max_tokens=5, temperature=1.0)
+    assert many[:64] != many[64:]
     assert made.respond([], max_tokens=5) == []
 
 
