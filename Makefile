@@ -23,7 +23,7 @@ test: lint lowest unit ## everything that CI runs: format, lint, types, doctests
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy pcr_core adapters/pcr_torch adapters/pcr_jax conformance/pcr_conformance
+	$(BIN)/mypy pcr_core adapters/pcr_torch adapters/pcr_jax adapters/pcr_train conformance/pcr_conformance
 
 unit: $(VENV)/.dev ## doctests and tests; SLOW=1 adds the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --doctest-modules \

@@ -235,7 +235,8 @@ def make_rule(name: str, *, prior: str = "flat", discount: float = 0.9, **option
         name: one of `RULES`.
         prior: one of `PRIORS`, for "pcr".
         discount: of the temporal prior.
-        options: the rule's own arguments (`PCR` for "pcr", `update` for "paper", `alpha` for "fixed").
+        options: the rule's own arguments (`PCR` for "pcr", `update` for "paper", `alpha` for "fixed"); a number as
+            `alpha` may be text.
 
     Raises:
         ValueError: an unknown name, or an option that the rule does not have.
@@ -273,5 +274,14 @@ def make_rule(name: str, *, prior: str = "flat", discount: float = 0.9, **option
     for option in options:
         if option not in known:
             raise ValueError(f"rule {name!r} has no option {option!r}")
+    if isinstance(options.get("alpha"), str):
+        options["alpha"] = _number_or_name(options["alpha"])
     rule: Rule = maker(**options)
     return rule
+
+
+def _number_or_name(alpha: str) -> float | str:
+    try:
+        return float(alpha)
+    except ValueError:
+        return alpha

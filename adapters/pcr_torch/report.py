@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pcr_core import BlockStatistics, Weights
+from pcr_core._summary import summary
 from pcr_torch.blocks import Block
 
 
@@ -54,7 +54,7 @@ class Report:
         conflict_rate, cosine, alpha, boost (b - 1, the addition to the KL coefficient in units of beta) are means over
         blocks; removed is |removed part of P|/|P| over all coordinates, norms and noise-to-signal ratios likewise.
         """
-        return _summary(self.weights, self.statistics, torch.arange(len(self.blocks)), prefix)
+        return summary(self.weights, self.statistics, slice(None), prefix)
 
     def layer_metrics(self, prefix: str = "pcr/") -> dict[str, float]:
         """The same per layer, with keys such as `pcr/layer_03/cosine`; blocks outside layers are left out."""
@@ -62,32 +62,9 @@ class Report:
         out: dict[str, float] = {}
         for layer in layers:
             rows = torch.tensor([i for i, block in enumerate(self.blocks) if block.layer == layer])
-            out |= _summary(self.weights, self.statistics, rows, f"{prefix}layer_{layer:02d}/")
+            out |= summary(self.weights, self.statistics, rows, f"{prefix}layer_{layer:02d}/")
         return out
 
 
 def _arrays(record: Weights[Tensor] | BlockStatistics[Tensor]) -> dict[str, Tensor]:
     return {f.name: getattr(record, f.name) for f in fields(record)}
-
-
-def _summary(w: Weights[Tensor], stats: BlockStatistics[Tensor], rows: Tensor, prefix: str) -> dict[str, float]:
-    p2, s2 = stats.plasticity_sq[rows].sum().item(), stats.stability_sq[rows].sum().item()
-    vp, vs = stats.plasticity_var[rows].sum().item(), stats.stability_var[rows].sum().item()
-    removed2 = (w.removed[rows] ** 2 * stats.plasticity_sq[rows]).sum().item()
-    values = {
-        "conflict_rate": w.conflict[rows].double().mean().item(),
-        "cosine": w.cosine[rows].mean().item(),
-        "alpha": w.alpha[rows].mean().item(),
-        "boost": w.stability[rows].mean().item() - 1,
-        "removed": math.sqrt(_over(removed2, p2)),
-        "plasticity_norm": math.sqrt(p2),
-        "stability_norm": math.sqrt(s2),
-        "plasticity_nsr": _over(vp, p2),
-        "stability_nsr": _over(vs, s2),
-        "nonfinite_blocks": float((~w.finite[rows]).sum().item()),
-    }
-    return {prefix + key: value for key, value in values.items()}
-
-
-def _over(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator != 0 else (0.0 if numerator == 0 else math.inf)

@@ -91,8 +91,6 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
         for name, choices in (("update", Update), ("gate", Gate), ("conflict", Conflict)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}: expected one of {get_args(choices)}, got {getattr(self, name)!r}")
-        if "alpha" in options:
-            options["alpha"] = _number_or_name(options["alpha"])
         return pcr_core.make_rule(self.rule, prior=self.prior, discount=self.discount, **options)
 
 
@@ -307,13 +305,6 @@ def _backward_replaced(accelerator: Any, backward: Any) -> Iterator[None]:
         yield
     finally:
         del accelerator.backward
-
-
-def _number_or_name(alpha: Any) -> float | str:
-    try:
-        return float(alpha)
-    except ValueError:
-        return str(alpha)
 
 
 def _refuse_config(config: PCRConfig) -> None:

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-# found, not imported: reasoning_gym imports pycosat, for which pcr_torch.train.tasks has a stand-in
+# found, not imported: reasoning_gym imports pycosat, for which pcr_train.tasks has a stand-in
 if any(importlib.util.find_spec(name) is None for name in ("trl", "reasoning_gym")):
     pytest.skip("pcr-train needs the extra pcr-grpo[demo]", allow_module_level=True)
 
 import torch
 from rich.console import Console
 
-from pcr_torch.train.run import Outcome, train
-from pcr_torch.train.settings import Settings
-from pcr_torch.train.tasks import load_task
 from pcr_torch.train.tiny import make_tiny
+from pcr_train.run import Outcome, train
+from pcr_train.settings import Settings
+from pcr_train.tasks import load_task
 
 
 @pytest.fixture(autouse=True)

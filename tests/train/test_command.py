@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from pcr_torch.train import command, models
-from pcr_torch.train.progress import read_metrics
-from pcr_torch.train.run import Outcome
-from pcr_torch.train.settings import Settings
-from pcr_torch.train.tasks import load_task
+from pcr_torch.train import models
+from pcr_train import command
+from pcr_train.progress import read_metrics
+from pcr_train.run import Outcome
+from pcr_train.settings import Settings
+from pcr_train.tasks import load_task
 
 SMALL = ["--shots", "0", "--prompts", "4", "--generations", "4", "--max-tokens", "5", "--heldout", "8", "--samples",
          "1", "--retention-task", "none", "--lr", "1e-3", "--threads", "1"]  # fmt: skip
@@ -131,7 +132,7 @@ def test_ctrl_c_saves_and_the_run_resumes_bit_for_bit(go: Callable[..., Outcome]
     out = tmp_path / "run"
     words = ["--model", str(tiny_folder), "--steps", "400", "--out", str(out), *SMALL]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pcr_torch.train.command", *words],
+        [sys.executable, "-m", "pcr_train.command", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

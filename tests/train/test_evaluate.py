@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcr_torch.train.evaluate import RETENTION_TEXT, Exam, bootstrap, exact_binomial, respond, text_nll
+from pcr_torch.train.answers import respond, text_nll
+from pcr_torch.train.engine import TorchEngine
 from pcr_torch.train.models import load
-from pcr_torch.train.tasks import load_task
+from pcr_train.evaluate import RETENTION_TEXT, Exam, bootstrap, exact_binomial
+from pcr_train.settings import Settings
+from pcr_train.tasks import load_task
 
 
 @pytest.mark.parametrize(
@@ -34,14 +37,14 @@ def test_greedy_responses_end_at_the_line_and_do_not_depend_on_the_batch(tiny_fo
     assert all(text.count("\n") <= 1 and not text.strip().count("\n") for text in together)
 
 
-def test_evaluation_leaves_mode_and_random_state(tiny_folder: Path):
+def test_evaluation_leaves_mode_and_random_state(tiny_folder: Path, tmp_path: Path):
     task = load_task("chain_sum", shots=0)
-    model, tokenizer = load(str(tiny_folder), task.stop)
-    model.train()
+    engine = TorchEngine(Settings(model=str(tiny_folder), shots=0), task, tmp_path)
+    engine.model.train()
     state = torch.random.get_rng_state()
     exam = Exam(task, task.heldout(8), None, [], samples=2, temperature=1.0, max_tokens=(5, 5), seed=0)
-    first, second = (exam.measure(model, tokenizer, []) for _ in range(2))
-    assert model.training
+    first, second = (exam.measure(engine, []) for _ in range(2))
+    assert engine.model.training
     assert torch.equal(state, torch.random.get_rng_state())
     assert first == second
     assert len(first.reward) == len(first.heldout) == 8

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcr_torch.train.progress import read_metrics
-from pcr_torch.train.run import Outcome, last_checkpoint
+from pcr_torch.train.engine import TorchEngine
+from pcr_train.progress import read_metrics
+from pcr_train.run import Outcome, last_checkpoint
 
 Go = Callable[..., Outcome]
 # a prior that remembers: without PCR's own state in the checkpoint the resumed steps would differ
@@ -49,7 +50,7 @@ def test_killed_between_checkpoints_and_resumed_equals_uninterrupted_bit_for_bit
              "--heldout", "4", "--samples", "1", "--retention-task", "none", "--lr", "1e-3", "--threads", "1",
              "--prior", "temporal", "--alpha", "snr", "--save-every", "2", "--steps", "400",
              "--out", str(out)]  # fmt: skip
-    command = [sys.executable, "-m", "pcr_torch.train.command", *words]
+    command = [sys.executable, "-m", "pcr_train.command", *words]
     with open(tmp_path / "output", "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     metrics = out / "metrics.jsonl"
@@ -60,7 +61,7 @@ def test_killed_between_checkpoints_and_resumed_equals_uninterrupted_bit_for_bit
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=30) == -signal.SIGKILL
-    left = last_checkpoint(out)
+    left = last_checkpoint(out, TorchEngine)
     assert left is not None
     assert 2 <= int(left.name.rpartition("-")[2]) < 6, "killed too late: nothing would be resumed"
     assert_same_run(go(out, steps=6, resume=True, **OPTIONS), whole)
@@ -79,7 +80,7 @@ def test_a_checkpoint_cut_off_in_writing_is_passed_over(go: Go, whole: Outcome, 
         shutil.copy(out / "checkpoint-2" / name, newer / name)
     size = (newer / order[last]).stat().st_size
     os.truncate(newer / order[last], size // 2)
-    found = last_checkpoint(out)
+    found = last_checkpoint(out, TorchEngine)
     assert found is not None
     assert found.name == "checkpoint-2"
     assert_same_run(go(out, steps=6, resume=True, **OPTIONS), whole)
@@ -109,7 +110,7 @@ def test_at_every_moment_of_saving_there_is_a_complete_checkpoint(
 
         def call(*args: object, **kwargs: object) -> object:
             result = real(*args, **kwargs)
-            found = last_checkpoint(out)
+            found = last_checkpoint(out, TorchEngine)
             if found is not None:
                 assert (found / "pcr_state.pt").exists(), name
                 seen.append((name, found.name))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pcr_torch.train.plots import draw, layer_cosines
+from pcr_train.plots import draw, layer_cosines
 
 
 def row(step: int) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pcr_torch.train.progress import MetricsFile, live, read_metrics
+from pcr_train.progress import MetricsFile, live, read_metrics
 
 
 def test_numbers_that_are_not_finite_become_null_and_are_named(tmp_path: Path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcr_torch.train.progress import read_metrics
-from pcr_torch.train.run import Outcome
+from pcr_train.progress import read_metrics
+from pcr_train.run import Outcome
 
 Go = Callable[..., Outcome]
 

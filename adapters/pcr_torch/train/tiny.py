@@ -1,28 +1,16 @@
-"""A Llama of 0.2 million parameters with a character tokenizer, taught a task badly, in seconds, without downloads.
-
-It learns by cross-entropy from worked examples of a teacher who often shrugs, and not for long. So it solves part of
-the problems and has a habit to lose: a starting point that GRPO can improve within few steps, as with a real model.
-"""
+"""A Llama of 0.2 million parameters with a character tokenizer, taught a task badly, in seconds, without downloads."""
 
 from __future__ import annotations
 
 import itertools
-import string
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcr_torch.train.tasks import Task
-
-STEPS, BATCH, RATE = 400, 64, 5e-3
-ANSWERED, SHRUG = 0.7, "?"
-"""How often the teacher gives the right answer; else it shrugs."""
-
-LONGEST = 512
-"""Characters of a worked example; longer ones lose their beginning."""
+from pcr_train.lessons import ANSWERED, END, PAD, RATE, STEPS, UNKNOWN, VOCABULARY, Lesson, lessons
+from pcr_train.tasks import Task
 
 
 def make_tiny(task: Task, folder: Path, *, seed: int, steps: int = STEPS) -> None:
@@ -35,7 +23,8 @@ def make_tiny(task: Task, folder: Path, *, seed: int, steps: int = STEPS) -> Non
         model = _new_model(tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-        batches = _batches(task, tokenizer, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        batches = lessons(task, tokenizer, lambda n: (torch.rand(n, generator=generator) < ANSWERED).tolist())
         model.train()
         for batch in itertools.islice(batches, steps):
             ids, mask, labels = _collate(batch, tokenizer.pad_token_id)
@@ -52,16 +41,14 @@ def character_tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    characters = [c for c in string.printable if c not in "\t\r\x0b\x0c"]
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
@@ -86,28 +73,14 @@ def _new_model(tokenizer: Any) -> Any:
     return LlamaForCausalLM(config).to(torch.float32)
 
 
-def _batches(task: Task, tokenizer: Any, generator: torch.Generator) -> Iterator[list[tuple[list[int], int]]]:
-    """Token ids of worked examples, and how many of them are the prompt."""
-    problems = task.corpus()
-    while True:
-        batch = list(itertools.islice(problems, BATCH))
-        answered = (torch.rand(BATCH, generator=generator) < ANSWERED).tolist()
-        told = [f" {p.answer if known else SHRUG}{task.stop}" for p, known in zip(batch, answered, strict=True)]
-        prompts = tokenizer([p.prompt for p in batch])["input_ids"]
-        answers = tokenizer(told)["input_ids"]
-        yield [
-            ((prompt + answer)[-LONGEST:], max(min(len(prompt), LONGEST - len(answer)), 0))
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-
-
-def _collate(examples: list[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    longest = max(len(ids) for ids, _ in examples)
+def _collate(examples: list[Lesson], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    longest = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), longest), pad)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
-    for row, (tokens, prompt) in enumerate(examples):
-        ids[row, -len(tokens) :] = torch.tensor(tokens)
-        mask[row, -len(tokens) :] = 1
-        labels[row, longest - len(tokens) + prompt :] = ids[row, longest - len(tokens) + prompt :]
+    for row, example in enumerate(examples):
+        begin = longest - len(example.ids)
+        ids[row, begin:] = torch.tensor(example.ids)
+        mask[row, begin:] = 1
+        labels[row, begin + example.prompt :] = ids[row, begin + example.prompt :]
     return ids, mask, labels

@@ -11,12 +11,10 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from pcr_torch.train.settings import Settings
-from pcr_torch.train.tasks import Problem, Task
 from pcr_torch.trl import PCRConfig, PCRTrainer
-
-RULE_OPTIONS = ("alpha", "max_boost", "prior", "discount", "update", "gate", "conflict")
-SPARE_TOKENS = 2
+from pcr_train.engine import response_limit
+from pcr_train.settings import RULE_OPTIONS, Settings
+from pcr_train.tasks import Problem, Task
 
 
 def make_trainer(
@@ -34,11 +32,6 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def response_limit(settings: Settings, task: Task, tokenizer: Any) -> int:
-    """Longest response in tokens: as set, or what the task's answers need and a little more."""
-    return settings.max_tokens or task.longest_answer(tokenizer) + SPARE_TOKENS
 
 
 def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from pcr_torch.train.tasks import Problem, Task
+from pcr_train.engine import Policy
+from pcr_train.tasks import Problem, Task
 
 RETENTION_TEXT = """\
 The ferry leaves the small harbour twice a day. In the morning it carries bread, letters and a few sleepy children to
@@ -76,84 +75,32 @@ class Exam:
     max_tokens: tuple[int, int]
     seed: int
 
-    def known(self, model: Any, tokenizer: Any) -> list[Problem]:
-        """Problems of the other task that `model` solves greedily."""
-        if self.other is None:
-            return []
-        with _measuring(model, self.seed):
-            solved = self._solved(model, tokenizer, self.other, self.pool, self.max_tokens[1])
+    def known(self, policy: Policy) -> list[Problem]:
+        """Problems of the other task that `policy` solves greedily."""
+        solved = self._solved(policy, self.other, self.pool, self.max_tokens[1])
         return [problem for problem, right in zip(self.pool, solved, strict=True) if right]
 
-    def measure(self, model: Any, tokenizer: Any, known: Sequence[Problem]) -> Evaluation:
-        """All measurements of `model`; `known` is the retention set."""
+    def measure(self, policy: Policy, known: Sequence[Problem]) -> Evaluation:
+        """All measurements of `policy`; `known` is the retention set."""
         prompts = [p.prompt for p in self.problems for _ in range(self.samples)]
-        with _measuring(model, self.seed):
-            drawn = respond(model, tokenizer, prompts, max_tokens=self.max_tokens[0], temperature=self.temperature)
-            scores = [
-                self.task.score(p, drawn[i * self.samples + j])
-                for i, p in enumerate(self.problems)
-                for j in range(self.samples)
-            ]
-            return Evaluation(
-                reward=np.asarray(scores).reshape(len(self.problems), self.samples).mean(1).tolist(),
-                heldout=self._solved(model, tokenizer, self.task, self.problems, self.max_tokens[0]),
-                retention=self._solved(model, tokenizer, self.other, known, self.max_tokens[1]),
-                text=text_nll(model, tokenizer, RETENTION_TEXT),
-            )
+        drawn = policy.respond(prompts, max_tokens=self.max_tokens[0], temperature=self.temperature, seed=self.seed)
+        scores = [
+            self.task.score(p, drawn[i * self.samples + j])
+            for i, p in enumerate(self.problems)
+            for j in range(self.samples)
+        ]
+        return Evaluation(
+            reward=np.asarray(scores).reshape(len(self.problems), self.samples).mean(1).tolist(),
+            heldout=self._solved(policy, self.task, self.problems, self.max_tokens[0]),
+            retention=self._solved(policy, self.other, known, self.max_tokens[1]),
+            text=policy.text_nll(RETENTION_TEXT),
+        )
 
-    def _solved(
-        self, model: Any, tokenizer: Any, task: Task | None, problems: Sequence[Problem], limit: int
-    ) -> list[bool]:
+    def _solved(self, policy: Policy, task: Task | None, problems: Sequence[Problem], limit: int) -> list[bool]:
         if task is None:
             return []
-        answers = respond(model, tokenizer, [p.prompt for p in problems], max_tokens=limit)
+        answers = policy.respond([p.prompt for p in problems], max_tokens=limit)
         return [task.score(p, a) >= 1 for p, a in zip(problems, answers, strict=True)]
-
-
-@contextmanager
-def _measuring(model: Any, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients, a random state of its own; mode and random state come back."""
-    was_training = model.training
-    model.eval()
-    devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        model.train(was_training)
-
-
-def respond(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, batch: int = 64
-) -> list[str]:
-    """One completion a prompt, greedy at temperature 0; ends where `models.load` said responses end."""
-    from transformers import GenerationConfig
-
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    config = GenerationConfig(
-        max_new_tokens=max_tokens,
-        eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
-    out: list[str] = []
-    for start in range(0, len(prompts), batch):
-        inputs = tokenizer(
-            list(prompts[start : start + batch]), return_tensors="pt", padding=True, padding_side="left"
-        ).to(model.device)
-        ids = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
-        )
-        out += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return out
-
-
-def text_nll(model: Any, tokenizer: Any, text: str) -> float:
-    """Mean negative log-likelihood of `text`, nats a token."""
-    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-    logits = model(input_ids=ids).logits[0, :-1].float()
-    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
 
 
 def exact_binomial(right: int, count: int, level: float = 0.95) -> Interval:

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import TrainerCallback
 
-from pcr_torch.train import models, plots
-from pcr_torch.train.evaluate import Evaluation, Exam
-from pcr_torch.train.progress import MetricsCallback, MetricsFile, ProgressCallback, read_metrics
-from pcr_torch.train.settings import Settings, replace_text
-from pcr_torch.train.tasks import Problem, Task, load_task
-from pcr_torch.train.trainer import make_trainer, response_limit
+from pcr_train import plots
+from pcr_train.engine import Engine, Policy, load_engine, response_limit
+from pcr_train.evaluate import Evaluation, Exam
+from pcr_train.progress import MetricsFile, StepLine, read_metrics
+from pcr_train.settings import Settings, replace_text
+from pcr_train.tasks import Problem, Task, load_task
 
 RETENTION_POOL = 48
 
@@ -54,11 +53,14 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, console: Co
 
     Raises:
         ValueError: bad settings, a folder that is in use, or nothing to resume.
+        ImportError: the framework is not installed.
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     console = console or Console()
     started = time.perf_counter()
-    checkpoint = _claim(settings, folder, resume)
+    kind = load_engine(settings.framework)
+    kind.check(settings)
+    checkpoint = _claim(settings, folder, resume, kind)
     task = load_task(
         settings.task, settings.task_options, seed=settings.seed, shots=settings.shots, style=settings.style
     )
@@ -66,49 +68,46 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, console: Co
     with console.status("preparing the model"):
         if not resume:
             shutil.rmtree(folder / "start", ignore_errors=True)
-        model, tokenizer = models.load(models.prepare(settings, task, folder / "start"), task.stop)
-        exam = _exam(settings, task, tokenizer)
-        trainer = make_trainer(settings, folder, model, tokenizer, task, exam.problems)
-        log = MetricsCallback(metrics, trainer)
+        engine = kind(settings, task, folder)
+        exam = _exam(settings, task, engine.tokenizer)
+        engine.prepare(exam.problems)
     settings.save(folder / "settings.json")
     with console.status("measuring the model before training"):
-        before, known = _before(exam, trainer.model, tokenizer, folder / "before.json", resume)
+        before, known = _before(exam, engine, folder / "before.json", resume)
     metrics.truncate(_step_of(checkpoint))
-    trainer.add_callback(log)
-    trainer.add_callback(ProgressCallback(console))
-    with _graceful_interrupt(trainer, console) as interrupt:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if interrupt.asked and trainer.state.global_step < settings.steps:
-        raise Interrupted(trainer.state.global_step)
+    with (
+        StepLine(console, total=settings.steps, done=_step_of(checkpoint)) as line,
+        _graceful_interrupt(console) as interrupt,
+    ):
+
+        def on_step(row: dict[str, Any]) -> None:
+            metrics.write(row)
+            line.show(row)
+
+        last = engine.train(checkpoint, on_step, lambda: interrupt.asked)
+    if interrupt.asked and last < settings.steps:
+        raise Interrupted(last)
 
     with console.status("measuring the model after training"):
-        after = exam.measure(trainer.model, tokenizer, known)
+        after = exam.measure(engine, known)
     replace_text(folder / "after.json", json.dumps(after.to_json()) + "\n")
     plot = plots.draw(read_metrics(metrics.path), folder / "plot.png", title=_title(settings))
     other = exam.other.name if exam.other else ""
-    saved = last_checkpoint(folder)
+    saved = last_checkpoint(folder, kind)
     assert saved is not None  # the last step is always saved
     return Outcome(folder, plot, metrics.path, saved, before, after, other, time.perf_counter() - started)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, kind: type[Engine]) -> Path | None:
     """The newest complete checkpoint of a run: a kill may have left a half-written one."""
-    return max(filter(_is_complete, folder.glob("checkpoint-*")), key=_step_of, default=None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # what the trainer writes last
-    except (OSError, ValueError):
-        return False
-    return True
+    return max(filter(kind.is_complete, folder.glob("checkpoint-*")), key=_step_of, default=None)
 
 
 def _step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def _claim(settings: Settings, folder: Path, resume: bool) -> Path | None:
+def _claim(settings: Settings, folder: Path, resume: bool, kind: type[Engine]) -> Path | None:
     """Checks that `folder` fits the request, and finds the checkpoint to resume."""
     file = folder / "settings.json"
     if resume:
@@ -120,7 +119,7 @@ def _claim(settings: Settings, folder: Path, resume: bool) -> Path | None:
                 f"--resume: {', '.join('--' + name.replace('_', '-') for name in different)} differs from the run in "
                 f"{folder}; leave it out to continue that run, or start a new one with another --out"
             )
-        checkpoint = last_checkpoint(folder)  # none: it stopped before the first, so it starts again
+        checkpoint = last_checkpoint(folder, kind)  # none: it stopped before the first, so it starts again
         if settings.steps < _step_of(checkpoint):
             raise ValueError(f"--steps: {settings.steps} is less than the {_step_of(checkpoint)} steps already taken")
     else:
@@ -148,36 +147,29 @@ def _exam(settings: Settings, task: Task, tokenizer: Any) -> Exam:
     )
 
 
-def _before(exam: Exam, model: Any, tokenizer: Any, file: Path, resume: bool) -> tuple[Evaluation, list[Problem]]:
+def _before(exam: Exam, policy: Policy, file: Path, resume: bool) -> tuple[Evaluation, list[Problem]]:
     """The starting model's measurements and its retention set; kept in `file` for a resumed run."""
     if resume and file.exists():
         values = json.loads(file.read_text(encoding="utf-8"))
         questions = set(values.pop("known"))
         return Evaluation(**values), [p for p in exam.pool if p.question in questions]
-    known = exam.known(model, tokenizer)
-    before = exam.measure(model, tokenizer, known)
+    known = exam.known(policy)
+    before = exam.measure(policy, known)
     values = {**before.to_json(), "known": [p.question for p in known]}
     replace_text(file, json.dumps(values) + "\n")
     return before, known
 
 
-class _StopCallback(TrainerCallback):  # type: ignore[misc]
-    """Ends training, with a checkpoint, at the end of the step in which it was asked."""
+@dataclass
+class _Interrupt:
+    """Whether Ctrl-C asked to end training, with a checkpoint, after the step that is being taken."""
 
-    def __init__(self) -> None:
-        self.asked = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
+    asked: bool = False
 
 
 @contextmanager
-def _graceful_interrupt(trainer: Any, console: Console) -> Iterator[_StopCallback]:
-    stop = _StopCallback()
-    trainer.add_callback(stop)
+def _graceful_interrupt(console: Console) -> Iterator[_Interrupt]:
+    stop = _Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -198,6 +190,7 @@ def _graceful_interrupt(trainer: Any, console: Console) -> Iterator[_StopCallbac
 
 def _title(settings: Settings) -> str:
     name = os.path.basename(settings.model.rstrip("/")) or settings.model
+    name += "" if settings.framework == "torch" else f" in {settings.framework}"
     return (
         f"{name} on {settings.task}, rule {settings.rule}, beta {settings.beta:g}, "
         f"learning rate {settings.learning_rate:g}, seed {settings.seed}"

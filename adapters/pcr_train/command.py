@@ -22,7 +22,10 @@ except ImportError as missing:
     ) from None
 
 from pcr_core import RULES
-from pcr_torch.train.settings import Settings, make_settings
+from pcr_train import report, tasks
+from pcr_train.engine import load_engine
+from pcr_train.run import Interrupted, train
+from pcr_train.settings import FRAMEWORKS, Settings, make_settings
 
 HELP = """
 Train a language model with GRPO and a conflict rule on a verifiable task.
@@ -39,6 +42,8 @@ Examples:
       the same in seconds, with a model made on the spot
   pcr-train --model tiny --rule grpo --seed 1
       plain GRPO, for comparison
+  pcr-train --framework jax --model tiny
+      the same method in JAX, one compiled program a step
   pcr-train --task gcd --task-option max_value=20 --steps 50
       any reasoning-gym data set, with its options
   pcr-train --model Qwen/Qwen2.5-0.5B --alpha snr --beta 0.02
@@ -61,6 +66,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
 def run(
     model: Annotated[str | None, typer.Option(help="smollm2, tiny, a local folder, or a hub id. [smollm2]")] = None,
+    framework: Annotated[
+        str | None, typer.Option(help=f"{' or '.join(FRAMEWORKS)}; JAX trains the model tiny. [torch]")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="A reasoning-gym data set; see --list-tasks. [chain_sum]")] = None,
     task_option: Annotated[
         list[str] | None, typer.Option(help="An option of the data set as name=value; may be repeated.")
@@ -114,6 +122,7 @@ def run(
     list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print the names of all tasks and stop.")] = False,
 ) -> None:
     given = {
+        "framework": framework,
         "task": task,
         "shots": shots,
         "style": style,
@@ -143,9 +152,7 @@ def run(
         "task_options": parse_options(task_option) if task_option else None,
     }
     console = Console()
-    _quiet()
-    from pcr_torch.train import tasks
-
+    warnings.filterwarnings("ignore", category=FutureWarning)  # leaves the terminal to the progress bar
     if list_tasks:
         console.print("\n".join(tasks.task_names()), highlight=False)
         return
@@ -181,13 +188,7 @@ def _resumed(folder: Path, model: str | None, given: dict[str, Any]) -> Settings
 
 
 def _go(settings: Settings, folder: Path, resume: bool, threads: int | None, console: Console) -> None:
-    import torch
-
-    if threads or settings.model == "tiny":  # tiny: the cost of sharing its work is more than the work
-        torch.set_num_threads(threads or 1)
-    from pcr_torch.train import report
-    from pcr_torch.train.run import Interrupted, train
-
+    load_engine(settings.framework).configure(settings, threads)
     again = f"pcr-train --resume {folder}"
     try:
         outcome = train(settings, folder, resume=resume, console=console)
@@ -203,16 +204,8 @@ def _go(settings: Settings, folder: Path, resume: bool, threads: int | None, con
 
 def _name(settings: Settings) -> str:
     model = Path(settings.model.rstrip("/")).name or "model"
-    return f"{model}-{settings.task}-{settings.rule}-s{settings.seed}"
-
-
-def _quiet() -> None:
-    """Leaves the terminal to the progress bar."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    framework = "" if settings.framework == "torch" else f"-{settings.framework}"
+    return f"{model}-{settings.task}-{settings.rule}{framework}-s{settings.seed}"
 
 
 def main() -> None:

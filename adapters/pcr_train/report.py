@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
-from pcr_torch.train.evaluate import Interval, bootstrap, exact_binomial
-from pcr_torch.train.settings import Settings
+from pcr_train.evaluate import Interval, bootstrap, exact_binomial
+from pcr_train.settings import Settings
 
 if TYPE_CHECKING:
-    from pcr_torch.train.run import Outcome
+    from pcr_train.run import Outcome
 
 
 def table(outcome: Outcome, settings: Settings) -> Table:

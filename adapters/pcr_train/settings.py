@@ -12,6 +12,10 @@ from pcr_core import RULES
 EXTENDABLE = ("steps", "save_every")
 """Settings that may differ on --resume: they do not change the steps already taken."""
 
+FRAMEWORKS = ("torch", "jax")
+
+RULE_OPTIONS = ("alpha", "max_boost", "prior", "discount", "update", "gate", "conflict")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -40,6 +44,7 @@ class Settings:
         retention_task: a second data set on which retention is measured; "none" for no other.
         save_every: steps between two checkpoints; the last step is always saved.
         seed: of problems, sampling and (tiny) the starting weights.
+        framework: "torch", or "jax" with what its engine offers.
     """
 
     model: str = "smollm2"
@@ -70,8 +75,11 @@ class Settings:
     retention_task: str = "products"
     save_every: int = 50
     seed: int = 0
+    framework: str = "torch"
 
     def __post_init__(self) -> None:
+        if self.framework not in FRAMEWORKS:
+            raise ValueError(f"--framework: expected one of {', '.join(FRAMEWORKS)}, got {self.framework!r}")
         if self.rule not in RULES:
             raise ValueError(f"--rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
         if not self.beta > 0:

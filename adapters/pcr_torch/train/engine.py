@@ -1,0 +1,97 @@
+"""PyTorch's part of pcr-train: a Hugging Face model under `PCRTrainer`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from pcr_torch.train import models
+from pcr_torch.train.answers import measuring, respond, text_nll
+from pcr_torch.train.trainer import make_trainer
+from pcr_torch.trl import PCRTrainer
+from pcr_train.progress import block_columns
+from pcr_train.settings import Settings
+from pcr_train.tasks import Problem, Task
+
+SHOWN = ("reward", "kl", "loss", "grad_norm", "learning_rate", "completions/mean_length", "completions/clipped_ratio")
+
+
+class TorchEngine:
+    """The `pcr_train.engine.Engine` of PyTorch."""
+
+    def __init__(self, settings: Settings, task: Task, folder: Path) -> None:
+        self.settings, self.task, self.folder = settings, task, folder
+        start = models.prepare(settings, task, folder / "start")
+        self.model, self.tokenizer = models.load(start, task.stop)
+        self.trainer: PCRTrainer | None = None
+
+    @staticmethod
+    def check(settings: Settings) -> None:
+        """Everything in `Settings` is there."""
+
+    @staticmethod
+    def configure(settings: Settings, threads: int | None) -> None:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        if threads or settings.model == "tiny":  # tiny: the cost of sharing its work is more than the work
+            torch.set_num_threads(threads or 1)
+
+    @staticmethod
+    def is_complete(checkpoint: Path) -> bool:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # what the trainer writes last
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def respond(self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        with measuring(self.model, seed):
+            return respond(self.model, self.tokenizer, prompts, max_tokens=max_tokens, temperature=temperature)
+
+    def text_nll(self, text: str) -> float:
+        with measuring(self.model, 0):
+            return text_nll(self.model, self.tokenizer, text)
+
+    def prepare(self, heldout: Sequence[Problem]) -> None:
+        self.trainer = make_trainer(self.settings, self.folder, self.model, self.tokenizer, self.task, heldout)
+        self.model = self.trainer.model
+
+    def train(
+        self, checkpoint: Path | None, on_step: Callable[[dict[str, Any]], None], stopping: Callable[[], bool]
+    ) -> int:
+        assert self.trainer is not None
+        self.trainer.add_callback(_StepCallback(self.trainer, on_step, stopping))
+        self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return int(self.trainer.state.global_step)
+
+
+class _StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Hands on every logged step with the blocks of the trainer's last report, and ends training when asked."""
+
+    def __init__(
+        self, trainer: PCRTrainer, on_step: Callable[[dict[str, Any]], None], stopping: Callable[[], bool]
+    ) -> None:
+        self.trainer, self.on_step, self.stopping = trainer, on_step, stopping
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self.stopping():
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "reward" not in logs:
+            return
+        row = {"step": state.global_step, **{k: v for k, v in logs.items() if k in SHOWN or k.startswith("pcr/")}}
+        row["seconds"] = logs.get("step_time")
+        report = self.trainer.last_report
+        if report is not None:
+            names, layers, families = zip(*((b.name, b.layer, b.family) for b in report.blocks), strict=True)
+            row["blocks"] = block_columns(names, layers, families, report.weights, report.statistics)
+        self.on_step(row)

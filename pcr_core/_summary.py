@@ -1,0 +1,34 @@
+"""The few numbers that are logged of a step, from what a rule decided on all blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pcr_core.projection import Weights
+from pcr_core.statistics import BlockStatistics
+
+
+def summary(weights: Weights[Any], statistics: BlockStatistics[Any], rows: Any, prefix: str) -> dict[str, float]:
+    """Of the blocks that `rows` picks out of the float64 arrays of an eager library."""
+    p2, s2 = float(statistics.plasticity_sq[rows].sum()), float(statistics.stability_sq[rows].sum())
+    vp, vs = float(statistics.plasticity_var[rows].sum()), float(statistics.stability_var[rows].sum())
+    removed2 = float((weights.removed[rows] ** 2 * statistics.plasticity_sq[rows]).sum())
+    conflict = weights.conflict[rows]
+    values = {
+        "conflict_rate": float(conflict.sum()) / len(conflict),
+        "cosine": float(weights.cosine[rows].mean()),
+        "alpha": float(weights.alpha[rows].mean()),
+        "boost": float(weights.stability[rows].mean()) - 1,
+        "removed": math.sqrt(_over(removed2, p2)),
+        "plasticity_norm": math.sqrt(p2),
+        "stability_norm": math.sqrt(s2),
+        "plasticity_nsr": _over(vp, p2),
+        "stability_nsr": _over(vs, s2),
+        "nonfinite_blocks": float((~weights.finite[rows]).sum()),
+    }
+    return {prefix + key: value for key, value in values.items()}
+
+
+def _over(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator != 0 else (0.0 if numerator == 0 else math.inf)
