@@ -10,17 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from pcr_jax.blocks import Blocks
 from pcr_jax.dense import Probe, open_taps
 from pcr_jax.products import at_least_float32, three
-from pcr_jax.pullback import Cotangents, LogpFn, Pulled, add, both_cotangents, zeros_like
+from pcr_jax.pullback import Cotangents, LogpFn, Pulled, add, both_cotangents, finish, zeros_like
+from pcr_jax.sharding import Axes, Layout
 
 Probes = dict[int, Probe]
 
 
 def uncovered(
-    logp_fn: LogpFn, params: Any, grouped: Any, groups_at_once: int, blocks: Blocks
+    logp_fn: LogpFn, params: Any, grouped: Any, groups_at_once: int, blocks: Blocks, layout: Layout | None
 ) -> tuple[str | None, Probes]:
     """Why the fast path cannot measure these blocks (None: it can), and the shapes of its probes by leaf."""
     leaves, structure = jax.tree.flatten(params)
@@ -34,7 +36,8 @@ def uncovered(
 
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((groups_at_once * x.shape[1], *x.shape[2:]), x.dtype), grouped)
     n = jax.tree.leaves(rows)[0].shape[0]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    whole = leaves if layout is None else jax.eval_shape(layout.gather, leaves)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in whole]
     jaxpr = jax.make_jaxpr(run)(shapes, rows).jaxpr
     for k in blocks.leaves:
         path, calls = blocks.paths[k], seen.get(k, [])
@@ -68,16 +71,19 @@ def pull_fast(
     groups_at_once: int,
     blocks: Blocks,
     probes: Probes,
+    layout: Layout | None,
 ) -> Pulled:
     leaves, structure = jax.tree.flatten(params)
     measured = blocks.leaves
+    axes = () if layout is None else layout.model_axes(measured)
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), probes)
 
     def one_pass(totals: Any, rows: Any) -> Any:
         group_size = jax.tree.leaves(rows)[0].shape[1]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
-        def model(leaves: list[Array], probes: Probes) -> Array:
+        def model(held: list[Array], probes: Probes) -> Array:
+            leaves = held if layout is None else layout.gather(held)
             with open_taps({id(leaves[k]): k for k in measured}, probes):
                 return logp_fn(jax.tree.unflatten(structure, leaves), flat)
 
@@ -91,7 +97,9 @@ def pull_fast(
             block = blocks.of_leaf[k]
             assert block is not None
             x, dp, ds = taps_p[k].x, taps_p[k].dy, taps_s[k].dy
-            (streams[0][k], streams[1][k]), r, q = kernel_products(x, dp, ds, group_size)
+            totals_of_k, r, q = _split_products(k, x, dp, ds, group_size, layout, axes)
+            for stream, total in zip(streams, totals_of_k, strict=True):
+                stream[k] = total if layout is None else layout.scatter(k, total)
             response[block], stratum[block] = response[block] + r, stratum[block] + q
         products = jnp.stack(response, axis=-1), jnp.stack(stratum, axis=-1)
         return add(totals, streams), (*products, logp)
@@ -99,13 +107,30 @@ def pull_fast(
     passes = jax.tree.map(lambda x: x.reshape(-1, groups_at_once, *x.shape[1:]), grouped)
     nothing = (zeros_like(leaves), zeros_like(leaves))
     totals, (response, stratum, logp) = jax.lax.scan(one_pass, nothing, passes)
-    return Pulled(
-        plasticity=jax.tree.unflatten(structure, totals[0]),
-        stability=jax.tree.unflatten(structure, totals[1]),
-        logp=logp.reshape(-1, logp.shape[-1]),
-        response=_by_pair(response),
-        stratum=_by_pair(stratum),
+    if axes:  # one sum for all responses and blocks
+        response, stratum = jnp.sum(response, axis=1), jnp.sum(stratum, axis=1)
+    return finish(structure, totals, logp, response, stratum, layout)
+
+
+def _split_products(
+    leaf: int, x: Array, dp: Array, ds: Array, group_size: int, layout: Layout | None, axes: Axes
+) -> tuple[tuple[Array, Array], Array, Array]:
+    """`kernel_products` of a kernel that is split over mesh axes: the products as (shards, ...) terms of a sum."""
+    if layout is None or not axes:
+        return kernel_products(x, dp, ds, group_size)
+    rows, columns = (*layout.spec(leaf, axes), None, None)[:2]
+    leading = [None] * (x.ndim - 1)
+    inputs, outputs = PartitionSpec(*leading, rows), PartitionSpec(*leading, columns)
+
+    def part(x: Array, dp: Array, ds: Array) -> Any:
+        totals, *products = kernel_products(x, dp, ds, group_size)
+        return totals, *(layout.once(leaf, t, axes)[None] for t in products)
+
+    split = (PartitionSpec(rows, columns),) * 2, PartitionSpec(axes), PartitionSpec(axes)
+    result: tuple[tuple[Array, Array], Array, Array] = layout.by_part(part, axes, (inputs, outputs, outputs), split)(
+        x, dp, ds
     )
+    return result
 
 
 def kernel_products(x: Array, dp: Array, ds: Array, group_size: int) -> tuple[tuple[Array, Array], Array, Array]:
@@ -141,8 +166,3 @@ def _tokens(t: Array) -> int:
     for length in t.shape[1:-1]:
         count *= length
     return count
-
-
-def _by_pair(products: Array) -> Array:
-    """(passes, rows, 3, blocks) -> (3, passes * rows, blocks)"""
-    return jnp.moveaxis(products.reshape(-1, *products.shape[2:]), 1, 0)

@@ -14,6 +14,7 @@ from pcr_core import BlockStatistics, Rule, Scatter, TemporalPrior, Weights
 from pcr_jax.blocks import Blocks, Selector, is_floating, path_name, select_blocks
 from pcr_jax.products import block_products, wide_dtype
 from pcr_jax.records import register
+from pcr_jax.sharding import Layout
 
 Tree = TypeVar("Tree")
 
@@ -37,6 +38,7 @@ def resolve(
     rule: Rule = pcr_core.PCR(),
     *,
     blocks: Blocks | Selector = "mlp",
+    layout: Layout | None = None,
 ) -> tuple[Tree, Report]:
     """The update a P + b S with the rule's two weights per block, and P + S outside the blocks.
 
@@ -50,6 +52,7 @@ def resolve(
             added here; or complete BlockStatistics. Arrays of shape (blocks,), in the order of `blocks.names`.
         rule: any `pcr_core.Rule`; not with TemporalPrior.
         blocks: of `select_blocks`, or a selector of it.
+        layout: how gradients on a mesh are split, so that no inner product gathers one; see `make_train_step`.
 
     Returns:
         The update, each leaf in its gradients' dtype, and a Report. A block whose sums are not finite gets a non-finite
@@ -84,7 +87,7 @@ def resolve(
     for path, p, s in zip(chosen.paths, plasticity, stability, strict=True):
         if p.shape != s.shape:
             raise ValueError(f"stability_grads: {path} has shape {s.shape}, in plasticity_grads it has {p.shape}")
-    complete = _complete(statistics, plasticity, stability, chosen)
+    complete = _complete(statistics, plasticity, stability, chosen, layout)
     weights = rule(complete)
     update = [
         _combine(p, s, None if block is None else (weights.plasticity[block], weights.stability[block]))
@@ -115,7 +118,7 @@ def check_blocks(tree: Any, blocks: Blocks, name: str) -> None:
 
 
 def _complete(
-    statistics: Any, plasticity: list[Array], stability: list[Array], blocks: Blocks
+    statistics: Any, plasticity: list[Array], stability: list[Array], blocks: Blocks, layout: Layout | None
 ) -> BlockStatistics[Array]:
     if not isinstance(statistics, (Scatter, BlockStatistics)):
         raise TypeError(f"statistics: expected a pcr_core.Scatter or BlockStatistics, got {type(statistics).__name__}")
@@ -126,7 +129,8 @@ def _complete(
     if isinstance(statistics, BlockStatistics):
         return statistics
     wide = wide_dtype()
-    products = block_products(plasticity, stability, blocks)
+    axes = () if layout is None else tuple(layout.mesh.axis_names)
+    products = block_products(plasticity, stability, blocks, layout, axes)
     return BlockStatistics(
         plasticity_sq=products[0],
         stability_sq=products[1],

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pcr_core
-from pcr_core import Objective, Rule
+from pcr_core import Objective, Rule, Scatter
 from pcr_core.objective import Importance, Normalization, batch_normalizer
 from pcr_jax.blocks import Blocks, Granularity, Selector, select_blocks
 from pcr_jax.pullback import LogpFn, Norms, pullback
 from pcr_jax.records import register
 from pcr_jax.resolve import Report, resolve
+from pcr_jax.sharding import Layout
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,21 @@ for _record in (Rollouts, TrainState, StepReport):
 
 
 def init_state(params: Any, optimizer: Any) -> TrainState:
-    """The state before the first step. `params` are copied, since steps take the memory of the state they are given."""
+    """The state before the first step.
+
+    `params` are copied, since steps take the memory of the state they are given. Where they lie on a mesh, so does all
+    of the state: the optimizer's moments like their parameters, counters replicated.
+    """
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    meshes = {x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(x.sharding, NamedSharding)}
+    if not meshes:
+        return state
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+    placed: TrainState = jax.tree.map(
+        lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere), state
+    )
+    return placed
 
 
 def make_train_step(
@@ -82,6 +96,8 @@ def make_train_step(
     importance: Importance = "token",
     norms: Norms = "auto",
     microbatch: int | None = None,
+    shardings: TrainState | None = None,
+    data_axis: str | Sequence[str] = "data",
 ) -> Callable[[TrainState, Rollouts], tuple[TrainState, StepReport]]:
     """A jitted `step(state, rollouts) -> (state, report)`, which compiles once for each shape of a batch.
 
@@ -98,6 +114,10 @@ def make_train_step(
         clip, normalization, importance: see `pcr_core.grpo_objective`. Tokens are counted over the whole batch.
         norms: see `pullback`.
         microbatch: responses in one forward pass of the fast path, whole groups; one group by default.
+        shardings: for several devices, `jax.tree.map(lambda x: x.sharding, state)`, with all of the state on one mesh.
+            The new state is laid out alike. Without it XLA gathers the whole batch on every device.
+        data_axis: the mesh axis, or axes, that rollouts are split over, by whole groups; () where they are not.
+            Parameters split over these as well (FSDP) are gathered for every pass.
 
     Raises:
         ValueError, TypeError: naming the argument, here or when a batch of a new shape is traced.
@@ -124,6 +144,10 @@ def make_train_step(
     if microbatch is not None and (microbatch < group_size or microbatch % group_size):
         raise ValueError(f"microbatch: expected whole groups of {group_size} responses, got {microbatch}")
 
+    if shardings is not None and not isinstance(shardings, TrainState):
+        raise TypeError(f"shardings: expected a TrainState of NamedSharding, got {type(shardings).__name__}")
+    layout = None if shardings is None else Layout.of(shardings.params, data_axis)
+
     def objective(logp: Array, rows: Rollouts, normalizer: Any) -> Objective[Array]:
         return pcr_core.grpo_objective(
             logp,
@@ -142,26 +166,61 @@ def make_train_step(
         if not isinstance(rollouts, Rollouts):
             raise TypeError(f"rollouts: expected pcr_jax.Rollouts, got {type(rollouts).__name__}")
         chosen = blocks if isinstance(blocks, Blocks) else select_blocks(state.params, blocks, granularity)
+        if layout is not None:
+            _check_layout(layout, shardings, state, rollouts, group_size)
+            rollouts = layout.split(rollouts)
         normalizer = batch_normalizer((rollouts.mask != 0).astype(jnp.float32), normalization)
-        pulled = pullback(
-            lambda params, rows: logp_fn(params, rows.inputs),
-            state.params,
-            rollouts,
-            lambda logp, rows: objective(logp, rows, normalizer),
-            blocks=chosen,
-            group_size=group_size,
-            norms=norms,
-            groups_at_once=1 if microbatch is None else microbatch // group_size,
-        )
-        update, resolution = resolve(pulled.plasticity, pulled.stability, pulled.scatter(), rule, blocks=chosen)
+
+        def pull(params: Any, rollouts: Rollouts, normalizer: Any) -> tuple[Any, Any, Array, Scatter[Array]]:
+            pulled = pullback(
+                lambda params, rows: logp_fn(params, rows.inputs),
+                params,
+                rollouts,
+                lambda logp, rows: objective(logp, rows, normalizer),
+                blocks=chosen,
+                group_size=group_size,
+                norms=norms,
+                groups_at_once=1 if microbatch is None else microbatch // group_size,
+                layout=layout,
+            )
+            scatter = pulled.scatter()
+            return pulled.plasticity, pulled.stability, pulled.logp, scatter if layout is None else layout.sum(scatter)
+
+        if layout is not None:
+            held = jax.tree.unflatten(
+                jax.tree.structure(state.params), [layout.spec(k, layout.data) for k in range(len(layout.specs))]
+            )
+            rows, whole = layout.rollouts.spec, PartitionSpec()
+            pull = layout.by_shard(pull, (held, rows, whole), (held, held, rows, whole))
+        plasticity, stability, logp, scatter = pull(state.params, rollouts, normalizer)
+        update, resolution = resolve(plasticity, stability, scatter, rule, blocks=chosen, layout=layout)
         update = jax.tree.map(lambda u, x: u.astype(x.dtype), update, state.params)
         change, inner = optimizer.update(update, state.optimizer, state.params)
         params = jax.tree.map(lambda x, dx: (x + dx).astype(x.dtype), state.params, change)
-        whole = objective(pulled.logp, rollouts, normalizer)
+        lost = objective(logp, rollouts, normalizer)
         report = StepReport(
-            jnp.sum(whole.plasticity_loss), jnp.sum(whole.stability_loss), whole.kl, whole.clip_fraction, resolution
+            jnp.sum(lost.plasticity_loss), jnp.sum(lost.stability_loss), lost.kl, lost.clip_fraction, resolution
         )
         return TrainState(params, inner, state.step + 1), report
 
-    compiled: Callable[[TrainState, Rollouts], tuple[TrainState, StepReport]] = jax.jit(step, donate_argnums=(0,))
+    placed: dict[str, Any] = {}
+    if layout is not None:
+        placed = {
+            "in_shardings": (None, layout.rollouts),
+            "out_shardings": (shardings, layout.replicated),
+        }
+    compiled: Callable[[TrainState, Rollouts], tuple[TrainState, StepReport]] = jax.jit(
+        step, donate_argnums=(0,), **placed
+    )
     return compiled
+
+
+def _check_layout(layout: Layout, shardings: Any, state: TrainState, rollouts: Rollouts, group_size: int) -> None:
+    if jax.tree.structure(shardings) != jax.tree.structure(state):
+        raise ValueError("shardings: not a tree like the state; take jax.tree.map(lambda x: x.sharding, state)")
+    n = rollouts.mask.shape[0]
+    if n % (layout.shards * group_size):
+        raise ValueError(
+            f"rollouts: {n} responses over {layout.shards} data shards are not whole groups of {group_size} on each; a "
+            "group that is split over devices is not supported"
+        )
