@@ -13,6 +13,7 @@ from pcr_jax.blocks import Blocks, select_blocks
 from pcr_jax.dense import dense
 from pcr_jax.pullback import Pulled, pullback
 from pcr_jax.resolve import Report, resolve
+from pcr_jax.temporal import init_prior
 from pcr_jax.train_step import Rollouts, StepReport, TrainState, init_state, make_train_step
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "StepReport",
     "TrainState",
     "dense",
+    "init_prior",
     "init_state",
     "make_train_step",
     "pullback",

@@ -19,10 +19,9 @@ from jax import Array
 
 import pcr_core
 from pcr_core import Objective, Scatter
-from pcr_jax.blocks import Blocks, is_floating, path_name
+from pcr_jax.blocks import Blocks, check_blocks, check_floating, is_floating, path_name
 from pcr_jax.products import at_least_float32, block_products
 from pcr_jax.records import register
-from pcr_jax.resolve import check_blocks, check_floating
 from pcr_jax.sharding import Layout
 
 Norms = Literal["auto", "fast", "loop"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import jax
@@ -12,13 +12,14 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pcr_core
-from pcr_core import Objective, Rule, Scatter
+from pcr_core import Objective, PriorState, Rule, Scatter
 from pcr_core.objective import Importance, Normalization, batch_normalizer
 from pcr_jax.blocks import Blocks, Granularity, Selector, select_blocks
 from pcr_jax.pullback import LogpFn, Norms, pullback
 from pcr_jax.records import register
 from pcr_jax.resolve import Report, resolve
 from pcr_jax.sharding import Layout
+from pcr_jax.temporal import init_prior, is_temporal
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,20 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a checkpoint has to hold; a pytree. `step` is () int32."""
+    """All that a checkpoint has to hold; a pytree. `step` is () int32, `prior` is TemporalPrior's, else None."""
 
     params: Any
     optimizer: Any
     step: Array
+    prior: PriorState[Any] | None = None
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Of one step, taken before the update; arrays of shape () but for `resolution`, which is per block."""
+    """Of one step, taken before the update; arrays of shape () but for `resolution`, which is per block.
+
+    `resolution.prior` is None: it is in the new state.
+    """
 
     plasticity_loss: Array
     stability_loss: Array
@@ -64,14 +69,25 @@ for _record in (Rollouts, TrainState, StepReport):
     register(_record)
 
 
-def init_state(params: Any, optimizer: Any) -> TrainState:
+def init_state(
+    params: Any,
+    optimizer: Any,
+    rule: Rule = pcr_core.PCR(),
+    *,
+    blocks: Blocks | Selector = "mlp",
+    granularity: Granularity = "tensor",
+) -> TrainState:
     """The state before the first step.
 
     `params` are copied, since steps take the memory of the state they are given. Where they lie on a mesh, so does all
-    of the state: the optimizer's moments like their parameters, counters replicated.
+    of the state: the optimizer's moments like their parameters, counters replicated. `rule`, `blocks` and `granularity`
+    are those of `make_train_step`; only TemporalPrior asks for them.
     """
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    prior = None
+    if is_temporal(rule):
+        prior = init_prior(params, blocks if isinstance(blocks, Blocks) else select_blocks(params, blocks, granularity))
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), prior)
     meshes = {x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(x.sharding, NamedSharding)}
     if not meshes:
         return state
@@ -109,7 +125,7 @@ def make_train_step(
             itself (MultiSteps) comes too late for the statistics: use larger batches and `microbatch`.
         group_size: responses a prompt.
         beta: KL coefficient, >= 0.
-        rule: any `pcr_core.Rule`, not with TemporalPrior.
+        rule: any `pcr_core.Rule`; TemporalPrior needs `init_state(params, optimizer, rule, blocks=blocks)`.
         blocks, granularity: see `select_blocks`.
         clip, normalization, importance: see `pcr_core.grpo_objective`. Tokens are counted over the whole batch.
         norms: see `pullback`.
@@ -166,6 +182,11 @@ def make_train_step(
         if not isinstance(rollouts, Rollouts):
             raise TypeError(f"rollouts: expected pcr_jax.Rollouts, got {type(rollouts).__name__}")
         chosen = blocks if isinstance(blocks, Blocks) else select_blocks(state.params, blocks, granularity)
+        if is_temporal(rule) != (state.prior is not None):
+            raise ValueError(
+                "state: TemporalPrior keeps state, other rules none; make it with init_state(params, optimizer, rule, "
+                "blocks=...) of this step's rule"
+            )
         if layout is not None:
             _check_layout(layout, shardings, state, rollouts, group_size)
             rollouts = layout.split(rollouts)
@@ -193,15 +214,21 @@ def make_train_step(
             rows, whole = layout.rollouts.spec, PartitionSpec()
             pull = layout.by_shard(pull, (held, rows, whole), (held, held, rows, whole))
         plasticity, stability, logp, scatter = pull(state.params, rollouts, normalizer)
-        update, resolution = resolve(plasticity, stability, scatter, rule, blocks=chosen, layout=layout)
+        update, resolution = resolve(
+            plasticity, stability, scatter, rule, blocks=chosen, prior=state.prior, layout=layout
+        )
         update = jax.tree.map(lambda u, x: u.astype(x.dtype), update, state.params)
         change, inner = optimizer.update(update, state.optimizer, state.params)
         params = jax.tree.map(lambda x, dx: (x + dx).astype(x.dtype), state.params, change)
         lost = objective(logp, rollouts, normalizer)
         report = StepReport(
-            jnp.sum(lost.plasticity_loss), jnp.sum(lost.stability_loss), lost.kl, lost.clip_fraction, resolution
+            jnp.sum(lost.plasticity_loss),
+            jnp.sum(lost.stability_loss),
+            lost.kl,
+            lost.clip_fraction,
+            replace(resolution, prior=None),
         )
-        return TrainState(params, inner, state.step + 1), report
+        return TrainState(params, inner, state.step + 1, resolution.prior), report
 
     placed: dict[str, Any] = {}
     if layout is not None:

@@ -58,14 +58,17 @@ LAYOUTS: dict[str, Any] = {
 }
 
 
-def run(layout: str | None, norms: Any, dtype: str, sizes: dict[str, int]) -> tuple[Any, str, bool]:
-    """State and report after one step, the compiled text, and whether the state lies as before."""
+TEMPORAL = ("fsdp_tensor", "zero")  # the others have no prior
+
+
+def run(layout: str | None, rule: Any, norms: Any, dtype: str, sizes: dict[str, int]) -> tuple[Any, str, bool]:
+    """State and report after two steps, the compiled text, and whether the state lies as before."""
     length = sizes.pop("length")
     params = tiny.on_device(tiny.parameters(vocabulary=32, dtype=dtype, **sizes))
     data = tiny.rollouts(groups=4, vocabulary=32, length=length, dtype=dtype)
     rollouts = Rollouts({"tokens": data.pop("tokens")}, **data)
-    optimizer = optax.sgd(1.0, momentum=0.9)  # the first momentum is the update itself
-    options: dict[str, Any] = {"group_size": tiny.GROUP, "beta": tiny.BETA, "norms": norms, "rule": pcr_core.PCR()}
+    optimizer = optax.sgd(0.01, momentum=0.9)  # momentum is the updates themselves
+    options: dict[str, Any] = {"group_size": tiny.GROUP, "beta": tiny.BETA, "norms": norms, "rule": rule}
     if layout is not None:
         shape, spec, options["data_axis"], kind = LAYOUTS[layout]
         mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(kind,) * 2)
@@ -73,7 +76,7 @@ def run(layout: str | None, norms: Any, dtype: str, sizes: dict[str, int]) -> tu
             lambda path, x: NamedSharding(mesh, spec(jax.tree_util.keystr(path))), params
         )
         params = jax.device_put(params, place)
-    state = init_state(params, optimizer)
+    state = init_state(params, optimizer, rule)
     if layout == "zero":  # each device keeps a part of the momentum
         state = replace(state, optimizer=jax.device_put(state.optimizer, NamedSharding(mesh, P("data"))))
     before = jax.tree.map(lambda x: x.sharding, state)
@@ -81,15 +84,19 @@ def run(layout: str | None, norms: Any, dtype: str, sizes: dict[str, int]) -> tu
         options["shardings"] = before
     step: Any = make_train_step(tiny.forward, optimizer, **options)
     text = step.lower(state, rollouts).compile().as_text()
-    state, report = step(state, rollouts)
+    for _ in range(2):
+        state, report = step(state, rollouts)
     return jax.device_get((state, report)), text, jax.tree.map(lambda x: x.sharding, state) == before
 
 
 def errors(got: Any, expected: Any) -> dict[str, float]:
     """The largest relative errors; of sums that cancel, relative to what was added."""
     (state, report), (other, reference) = got, expected
-    update = zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(other.optimizer), strict=True)
-    found = {"update": max(tiny.relative(x, y) for x, y in update)}
+    found = {
+        name: max(tiny.relative(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
+        for name, one, two in (("update", state.optimizer, other.optimizer), ("prior", state.prior, other.prior))
+        if one is not None
+    }
     for name in ("plasticity_loss", "stability_loss", "kl", "clip_fraction"):
         one, two = getattr(report, name), getattr(reference, name)
         found[name] = float(abs(one - two) / (abs(two) or 1.0))
@@ -109,13 +116,16 @@ def main(norms: str, dtype: str, width: str, names: list[str]) -> None:
     jax.config.update("jax_enable_x64", dtype == "float64")
     small = {"width": 8, "hidden": 12, "length": 5}
     sizes = small if width == "tiny" else {"width": 512, "hidden": 1536, "length": 125}
-    expected, _, _ = run(None, norms, dtype, dict(sizes))
-    for name in names:
-        got, text, kept = run(name, norms, dtype, dict(sizes))
+    rules = {
+        name: pcr_core.PCR(prior=pcr_core.TemporalPrior()) if name in TEMPORAL else pcr_core.PCR() for name in names
+    }
+    expected = {rule: run(None, rule, norms, dtype, dict(sizes))[0] for rule in set(rules.values())}
+    for name, rule in rules.items():
+        got, text, kept = run(name, rule, norms, dtype, dict(sizes))
         found = COLLECTIVE.findall(text)
         record = {
             "layout": name,
-            "errors": errors(got, expected),
+            "errors": errors(got, expected[rule]),
             "kept": kept,
             "collectives": Counter(kind for _, kind in found),
             "gathered": [shape.split("{")[0] for shape, kind in found if kind == "all-gather"],
