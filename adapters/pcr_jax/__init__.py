@@ -11,6 +11,7 @@ except ImportError as error:
 from pcr_jax import records as _records  # noqa: F401
 from pcr_jax.blocks import Blocks, select_blocks
 from pcr_jax.dense import dense
+from pcr_jax.gradient_transformation import resolving
 from pcr_jax.pullback import Pulled, pullback
 from pcr_jax.resolve import Report, resolve
 from pcr_jax.temporal import init_prior
@@ -29,5 +30,6 @@ __all__ = [
     "make_train_step",
     "pullback",
     "resolve",
+    "resolving",
     "select_blocks",
 ]
