@@ -111,27 +111,6 @@ def is_floating(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def check_floating(tree: Any, name: str) -> None:
-    """TypeError naming the first leaf that is not a floating array, or is float64 while x64 is off."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        where = f"{name}: {path_name(path) or 'the leaf'}"
-        if not is_floating(leaf):
-            raise TypeError(f"{where} is {getattr(leaf, 'dtype', type(leaf).__name__)}, expected a floating array")
-        if leaf.dtype == jnp.float64 and jnp.result_type(float) != jnp.float64:
-            raise TypeError(f"{where} is float64, and JAX would make it float32: cast it, or turn x64 on")
-
-
-def check_blocks(tree: Any, blocks: Blocks, name: str) -> None:
-    """ValueError unless `blocks` were selected on a tree of this structure."""
-    paths = tuple(path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
-    if paths != blocks.paths:
-        odd = sorted(set(paths) ^ set(blocks.paths))
-        raise ValueError(
-            f"{name}: its {len(paths)} leaves are not the {len(blocks.paths)} that the blocks were selected on"
-            + (f"; only one of them has {odd[0]}" if odd else "")
-        )
-
-
 def _is_mlp(path: str, leaf: Any) -> bool:
     keys = path.split("/")
     depth, _ = _layer(path)

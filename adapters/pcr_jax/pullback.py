@@ -19,7 +19,8 @@ from jax import Array
 
 import pcr_core
 from pcr_core import Objective, Scatter
-from pcr_jax.blocks import Blocks, check_blocks, check_floating, is_floating, path_name
+from pcr_jax.blocks import Blocks, path_name
+from pcr_jax.checks import check_blocks, check_floating, check_width
 from pcr_jax.products import at_least_float32, block_products
 from pcr_jax.records import register
 from pcr_jax.sharding import Layout
@@ -147,6 +148,7 @@ def both_cotangents(cotangents: Cotangents, logp: Array, rows: Any) -> tuple[Arr
     for stream, w in zip(("plasticity", "stability"), got, strict=True):
         if tuple(w.shape) != tuple(logp.shape):
             raise ValueError(f"cotangents: {stream} has shape {tuple(w.shape)}, logp has {tuple(logp.shape)}")
+        check_floating(w, f"cotangents: {stream}")
     return got[0].astype(logp.dtype), got[1].astype(logp.dtype)
 
 
@@ -214,8 +216,7 @@ def _groups(batch: Any, group_size: Any) -> int:
             rows = int(leaf.shape[0])
         if leaf.shape[0] != rows:
             raise ValueError(f"batch: {name} has {leaf.shape[0]} rows, the first leaf has {rows}")
-        if is_floating(leaf):
-            check_floating(leaf, f"batch: {name}")
+    check_width(batch, "batch")
     if not rows or rows % group_size:
         raise ValueError(
             f"batch: {rows} rows are not whole groups of {group_size}; groups of unequal size are not supported"

@@ -11,7 +11,8 @@ from jax import Array
 
 import pcr_core
 from pcr_core import BlockStatistics, PriorState, Rule, Scatter, Weights
-from pcr_jax.blocks import Blocks, Selector, check_blocks, check_floating, select_blocks
+from pcr_jax.blocks import Blocks, Selector, select_blocks
+from pcr_jax.checks import check_blocks, check_floating
 from pcr_jax.products import block_products, wide_dtype
 from pcr_jax.records import register
 from pcr_jax.sharding import Layout
@@ -118,6 +119,7 @@ def _complete(
     if tuple(statistics.plasticity_var.shape) != expected:
         got = tuple(statistics.plasticity_var.shape)
         raise ValueError(f"statistics: expected arrays of shape {expected}, one number a block, got {got}")
+    check_floating(statistics, "statistics")
     if isinstance(statistics, BlockStatistics):
         return statistics
     wide = wide_dtype()

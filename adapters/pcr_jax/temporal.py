@@ -12,7 +12,8 @@ from jax import Array
 
 import pcr_core
 from pcr_core import BlockStatistics, PriorState, Rule, TemporalPrior, Weights
-from pcr_jax.blocks import Blocks, check_blocks, check_floating
+from pcr_jax.blocks import Blocks
+from pcr_jax.checks import check_blocks, check_floating
 from pcr_jax.products import block_products, wide_dtype
 from pcr_jax.sharding import Layout
 
@@ -40,6 +41,7 @@ def init_prior(params: Any, blocks: Blocks) -> PriorState[Any]:
         >>> prior.stability_mean[0].shape, prior.stability_var.tolist()
         ((2, 3), [inf])
     """
+    check_floating(params, "params")
     check_blocks(params, blocks, "params")
     leaves = jax.tree.leaves(params)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ import pcr_core
 from pcr_core import Objective, PriorState, Rule, Scatter
 from pcr_core.objective import Importance, Normalization, batch_normalizer
 from pcr_jax.blocks import Blocks, Granularity, Selector, select_blocks
+from pcr_jax.checks import check_floating, check_width
 from pcr_jax.pullback import LogpFn, Norms, pullback
 from pcr_jax.records import register
 from pcr_jax.resolve import Report, resolve
@@ -69,6 +71,23 @@ for _record in (Rollouts, TrainState, StepReport):
     register(_record)
 
 
+@dataclass(frozen=True)
+class TrainStep:
+    """`step(state, rollouts) -> (state, report)`; `compiled` is the same of `jax.jit`, without the check of dtypes."""
+
+    compiled: Any
+
+    def __call__(self, state: TrainState, rollouts: Rollouts) -> tuple[TrainState, StepReport]:
+        check_width(state, "state")
+        check_width(rollouts, "rollouts")
+        result: tuple[TrainState, StepReport] = self.compiled(state, rollouts)
+        return result
+
+    def lower(self, state: TrainState, rollouts: Rollouts) -> Any:
+        """For `.compile()`, whose text and memory analysis say what XLA made of it; nothing runs."""
+        return self.compiled.lower(state, rollouts)
+
+
 def init_state(
     params: Any,
     optimizer: Any,
@@ -83,6 +102,7 @@ def init_state(
     of the state: the optimizer's moments like their parameters, counters replicated. `rule`, `blocks` and `granularity`
     are those of `make_train_step`; only TemporalPrior asks for them.
     """
+    check_floating(params, "params")
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     prior = None
     if is_temporal(rule):
@@ -114,7 +134,7 @@ def make_train_step(
     microbatch: int | None = None,
     shardings: TrainState | None = None,
     data_axis: str | Sequence[str] = "data",
-) -> Callable[[TrainState, Rollouts], tuple[TrainState, StepReport]]:
+) -> TrainStep:
     """A jitted `step(state, rollouts) -> (state, report)`, which compiles once for each shape of a batch.
 
     The state that is given to it is donated: its arrays cannot be used afterwards.
@@ -163,6 +183,10 @@ def make_train_step(
     if shardings is not None and not isinstance(shardings, TrainState):
         raise TypeError(f"shardings: expected a TrainState of NamedSharding, got {type(shardings).__name__}")
     layout = None if shardings is None else Layout.of(shardings.params, data_axis)
+
+    if isinstance(beta, numbers.Real):
+        beta = float(beta)  # a NumPy scalar would widen float32 where x64 is on
+    check_width(beta, "beta")
 
     def objective(logp: Array, rows: Rollouts, normalizer: Any) -> Objective[Array]:
         return pcr_core.grpo_objective(
@@ -236,10 +260,7 @@ def make_train_step(
             "in_shardings": (None, layout.rollouts),
             "out_shardings": (shardings, layout.replicated),
         }
-    compiled: Callable[[TrainState, Rollouts], tuple[TrainState, StepReport]] = jax.jit(
-        step, donate_argnums=(0,), **placed
-    )
-    return compiled
+    return TrainStep(jax.jit(step, donate_argnums=(0,), **placed))
 
 
 def _check_layout(layout: Layout, shardings: Any, state: TrainState, rollouts: Rollouts, group_size: int) -> None:

@@ -63,7 +63,7 @@ def test_compiles_once_and_donates() -> None:
     for seed in range(2, 5):
         state, _ = step(state, rollouts(seed))
     assert len(traces) == traced
-    assert step._cache_size() == 1
+    assert step.compiled._cache_size() == 1
     assert int(state.step) == 4
     assert all(x.is_deleted() for x in jax.tree.leaves(first.params))
     assert not any(x.is_deleted() for x in jax.tree.leaves(params))
