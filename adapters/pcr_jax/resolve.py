@@ -120,8 +120,10 @@ def _complete(
         got = tuple(statistics.plasticity_var.shape)
         raise ValueError(f"statistics: expected arrays of shape {expected}, one number a block, got {got}")
     check_floating(statistics, "statistics")
+    statistics = jax.tree.map(jnp.asarray, statistics)
     if isinstance(statistics, BlockStatistics):
-        return statistics
+        complete: BlockStatistics[Array] = statistics
+        return complete
     wide = wide_dtype()
     axes = () if layout is None else tuple(layout.mesh.axis_names)
     products = block_products(plasticity, stability, blocks, layout, axes)
