@@ -64,7 +64,7 @@ def logp_fn(params: Any, rows: Any) -> Array:
         h = h + _attention(_norm(h, layer["norm"]), layer["attn"], turn)
         x, mlp = _norm(h, layer["mlp_norm"]), layer["mlp"]
         h = h + dense(jax.nn.silu(dense(x, mlp["gate"])) * dense(x, mlp["up"]), mlp["down"])
-    logits = _norm(h, jnp.ones(HIDDEN)) @ params["head"]
+    logits = dense(_norm(h, jnp.ones(HIDDEN)), params["head"])
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
     return chosen[..., 0]
 
@@ -86,10 +86,10 @@ def _turned(x: Array, turn: tuple[Array, Array]) -> Array:
 
 def _attention(x: Array, weights: Any, turn: tuple[Array, Array]) -> Array:
     n, length, _ = x.shape
-    q = _turned((x @ weights["q"]).reshape(n, length, HEADS, -1), turn)
-    k, v = jnp.split((x @ weights["kv"]).reshape(n, length, 2 * KV_HEADS, -1), 2, axis=2)
+    q = _turned(dense(x, weights["q"]).reshape(n, length, HEADS, -1), turn)
+    k, v = jnp.split(dense(x, weights["kv"]).reshape(n, length, 2 * KV_HEADS, -1), 2, axis=2)
     mixed = jax.nn.dot_product_attention(q, _turned(k, turn), v, is_causal=True)
-    return mixed.reshape(n, length, -1) @ weights["o"]
+    return dense(mixed.reshape(n, length, -1), weights["o"])
 
 
 def cotangents(logp: Array, rows: Any) -> tuple[Array, Array]:

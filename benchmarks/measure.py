@@ -104,7 +104,8 @@ def machine(device: str) -> str:
     if device == "jax":
         import jax
 
-        return f"{_processor()}, {jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} core, JAX {jax.__version__}"
+        cores = len(os.sched_getaffinity(0))
+        return f"{_processor()}, JAX {jax.__version__} on {jax.devices()[0].device_kind}, cores: {cores}"
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
     threads = torch.get_num_threads()

@@ -35,8 +35,8 @@ class Pulled:
     """What one micro-batch contributes; a pytree.
 
     Attributes:
-        plasticity: P, a tree like the parameters; half precision is summed in float32.
-        stability: S.
+        plasticity: P, a tree like the parameters; half precision is summed in float32. Outside the blocks it is P + S.
+        stability: S; zero outside the blocks.
         logp: (n, T).
         response: (3, n, blocks) |p_i|^2, |s_i|^2 and p_i.s_i of each response.
         stratum: (3, n / group_size, blocks) the same of each group's summed contribution.
@@ -198,7 +198,11 @@ def _loop(
             sums = tuple([layout.scatter(k, x) for k, x in enumerate(stream)] for stream in sums)
         return add(totals, sums), (response, stratum[None], logp)
 
-    totals, (response, stratum, logp) = jax.lax.scan(one_group, (zeros_like(held), zeros_like(held)), grouped)
+    (p, s), (response, stratum, logp) = jax.lax.scan(one_group, (zeros_like(held), zeros_like(held)), grouped)
+    outside = [k for k, block in enumerate(blocks.of_leaf) if block is None]
+    for k in outside:
+        p[k], s[k] = p[k] + s[k], jnp.zeros_like(s[k])
+    totals = p, s
     return finish(structure, totals, logp, response, stratum, layout)
 
 
