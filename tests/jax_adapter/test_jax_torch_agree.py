@@ -119,7 +119,17 @@ def by_torch(dtype: str, norms: Any) -> dict[str, Any]:
     for record in ("statistics", "weights"):
         value = getattr(report, record)
         found[record] = type(value)(*(getattr(value, f).numpy()[order] for f in type(value).__dataclass_fields__))
-    return {**found, "update": as_tree(model), "blocks": blocks}
+    return {**found, **sums_outside(found, blocks), "update": as_tree(model), "blocks": blocks}
+
+
+def sums_outside(found: dict[str, Any], blocks: Any) -> dict[str, Any]:
+    """Both totals as `Pulled` has them: outside the blocks the first is P + S, the second zero."""
+    (p, structure), (s, _) = (jax.tree.flatten(found[stream]) for stream in ("plasticity", "stability"))
+    outside = [block is None for block in blocks.of_leaf]
+    return {
+        "plasticity": jax.tree.unflatten(structure, [x + y if out else x for x, y, out in zip(p, s, outside)]),
+        "stability": jax.tree.unflatten(structure, [0 * y if out else y for y, out in zip(s, outside)]),
+    }
 
 
 def gradients(model: Any, logp: Any, cotangent: Any) -> Any:
