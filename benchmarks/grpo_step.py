@@ -8,7 +8,8 @@ of the objective, and end with the update in `.grad`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -195,11 +196,35 @@ def _cleared(p: Problem, job: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+def _chosen(names: Iterable[str], only: list[str] | None) -> list[str]:
+    """The first, and those that contain one of the words."""
+    return [name for k, name in enumerate(names) if k == 0 or only is None or any(word in name for word in only)]
+
+
+def _in_jax(args: argparse.Namespace) -> None:
+    if args.amortised:
+        raise SystemExit("--amortised: every=K is not in pcr_jax")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # before JAX starts its threads
+    import jax_step
+
+    programs = jax_step.programs(args.responses, args.tokens, args.vocabulary, args.groups_at_once)
+    rows = jax_step.compare({name: programs[name] for name in _chosen(programs, args.only)}, args.repeats)
+    show(
+        f"A GRPO update of {args.responses} responses x {args.tokens} tokens, {args.groups_at_once} groups at once; "
+        "memory is XLA's temporary memory",
+        rows,
+        "jax",
+        args.json,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--framework", choices=("torch", "jax"), default="torch")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch")
     parser.add_argument("--repeats", type=int, default=7, help="rounds; each measures every way once")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; of JAX, cores")
+    parser.add_argument("--groups-at-once", type=int, default=4, help="of JAX: groups in a forward pass")
     parser.add_argument("--responses", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=4096)
@@ -207,14 +232,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="ways whose name contains one of these, besides vanilla")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
+    if args.framework == "jax":
+        _in_jax(args)
+        return
     torch.set_num_threads(args.threads)
     problem = Problem(args.device, args.responses, args.tokens, args.vocabulary)
     every = amortised_ways(problem) if args.amortised else ways(problem)
-    chosen = {
-        name: way
-        for k, (name, way) in enumerate(every.items())
-        if k == 0 or args.only is None or any(word in name for word in args.only)
-    }
+    chosen = {name: every[name] for name in _chosen(every, args.only)}
     held = sum(leaf.numel() * leaf.element_size() for leaf in problem.parameters.values())
     rows = compare(chosen, repeats=args.repeats, device=args.device, held=held)
     title = f"A GRPO update of {args.responses} responses x {args.tokens} tokens, vocabulary {args.vocabulary}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import statistics
 import time
@@ -52,7 +53,12 @@ def compare(ways: Mapping[str, Way], *, repeats: int, device: str, held: int) ->
         for name, way in ways.items():
             with way() as job:
                 seconds[name].append(_timed(job, device))
-    unit = next(iter(ways))
+    return rows_of(seconds, memory)
+
+
+def rows_of(seconds: Mapping[str, list[float]], memory: Mapping[str, int]) -> list[Row]:
+    """Ratios to the first way, round by round."""
+    unit = next(iter(seconds))
     rows = []
     for name, times in seconds.items():
         ratios = [t / u for t, u in zip(times, seconds[unit], strict=True)]
@@ -95,6 +101,11 @@ def peak_memory(job: Callable[[], None], device: str) -> int:
 
 def machine(device: str) -> str:
     """What the numbers were measured on, in words."""
+    if device == "jax":
+        import jax
+
+        cores = len(os.sched_getaffinity(0))
+        return f"{_processor()}, JAX {jax.__version__} on {jax.devices()[0].device_kind}, cores: {cores}"
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
     threads = torch.get_num_threads()

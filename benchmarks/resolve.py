@@ -8,16 +8,19 @@ unflatten) on the same two gradients. Prints the error of the inner products aga
 from __future__ import annotations
 
 import argparse
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 import pcr_core
-from measure import Way, compare, show
+from measure import Row, Way, compare, rows_of, show
 from pcr_core import BlockStatistics
 from pcr_torch.combine import add_combination, gradient_products
 
@@ -85,6 +88,38 @@ def _copy(p: Tensor) -> Way:
     return bound
 
 
+def in_jax(size: int, repeats: int) -> list[Row]:
+    """One copy between two arrays that are there, and `pcr_jax.resolve` compiled, P donated."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import pcr_jax
+
+    p, s = (np.array(x) for x in gradients(size, "cpu", COSINE))
+    target = np.zeros_like(p)
+    noise = pcr_core.Scatter(*(jnp.ones(1) for _ in range(3)))
+
+    def resolve(p: object, s: object) -> object:
+        return pcr_jax.resolve({"w": p}, {"w": s}, noise, pcr_core.PCR(), blocks="all")
+
+    program = jax.jit(resolve, donate_argnums=(0,))
+    other = jnp.asarray(s)
+    seconds: dict[str, list[float]] = {"copy of d": [], "PCR, compiled": []}
+    for k in track(range(repeats + 1), "timing", transient=True):
+        given = jax.block_until_ready(jnp.array(p, copy=True))
+        start = time.perf_counter()
+        np.copyto(target, p)
+        middle = time.perf_counter()
+        jax.block_until_ready(program(given, other))
+        if k:  # the first call compiles
+            seconds["copy of d"].append(middle - start)
+            seconds["PCR, compiled"].append(time.perf_counter() - middle)
+    temporary = jax.jit(resolve, donate_argnums=(0,)).lower(jnp.asarray(p), other).compile().memory_analysis()
+    held = 2 * p.nbytes
+    return rows_of(seconds, {"copy of d": held, "PCR, compiled": held + temporary.temp_size_in_bytes})
+
+
 def errors(device: str, d: int) -> None:
     """Relative errors of the three inner products, ordinary and nearly orthogonal."""
     print("| cosine | \\|P\\|^2 | \\|S\\|^2 | P.S | P.S over \\|P\\|\\|S\\| |\n|---|---|---|---|---|")
@@ -100,12 +135,18 @@ def errors(device: str, d: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--framework", choices=("torch", "jax"), default="torch")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch")
     parser.add_argument("--size", type=int, default=50_000_000)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
+    title = f"Resolving two gradients of {args.size:.0e} float32 numbers"
+    if args.framework == "jax":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # before JAX starts its threads
+        show(title, in_jax(args.size, args.repeats), "jax", args.json)
+        return
     torch.set_num_threads(args.threads)
     p, s = gradients(args.size, args.device, COSINE)
     ways = {
@@ -119,7 +160,7 @@ def main() -> None:
     else:
         print("TorchJD is not installed (pip install torchjd): its row is left out\n")
     rows = compare(ways, repeats=args.repeats, device=args.device, held=8 * args.size)
-    show(f"Resolving two gradients of {args.size:.0e} float32 numbers", rows, args.device, args.json)
+    show(title, rows, args.device, args.json)
     print()
     errors(args.device, args.size)
 

@@ -11,8 +11,10 @@ except ImportError as error:
 from pcr_jax import records as _records  # noqa: F401
 from pcr_jax.blocks import Blocks, select_blocks
 from pcr_jax.dense import dense
+from pcr_jax.gradient_transformation import resolving
 from pcr_jax.pullback import Pulled, pullback
 from pcr_jax.resolve import Report, resolve
+from pcr_jax.temporal import init_prior
 from pcr_jax.train_step import Rollouts, StepReport, TrainState, init_state, make_train_step
 
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "StepReport",
     "TrainState",
     "dense",
+    "init_prior",
     "init_state",
     "make_train_step",
     "pullback",
     "resolve",
+    "resolving",
     "select_blocks",
 ]

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pcr_jax.checks import check_width
 from pcr_jax.records import register
 
 
@@ -74,6 +75,8 @@ def dense(x: Array, kernel: Array, *, dtype: Any = None) -> Array:
     """
     if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
         raise ValueError(f"kernel: expected shape ({x.shape[-1] if x.ndim else '?'}, out), got {tuple(kernel.shape)}")
+    check_width(x, "x")
+    check_width(kernel, "kernel")
     taps = _OPEN.get()
     leaf = None if taps is None else taps.leaf_of.get(id(kernel))
     compute = jnp.result_type(x, kernel) if dtype is None else dtype

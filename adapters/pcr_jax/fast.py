@@ -1,6 +1,7 @@
 """The pullback of models whose block leaves are kernels of `dense`: both streams of whole groups at once.
 
-What is kept for the products, x and both dy of each block kernel, belongs to the groups of one forward pass.
+What is kept for the products, x and both dy of each kernel, belongs to the groups of one forward pass. Before the first
+block kernel both streams go back as one (`stages.py`); of kernels outside the blocks their sum's gradient is formed.
 """
 
 from __future__ import annotations
@@ -10,44 +11,60 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from pcr_jax.blocks import Blocks
 from pcr_jax.dense import Probe, open_taps
 from pcr_jax.products import at_least_float32, three
-from pcr_jax.pullback import Cotangents, LogpFn, Pulled, add, both_cotangents, zeros_like
+from pcr_jax.pullback import Cotangents, LogpFn, Pulled, add, both_cotangents, finish, zeros_like
+from pcr_jax.sharding import Axes, Layout
+from pcr_jax.stages import split
 
 Probes = dict[int, Probe]
 
 
 def uncovered(
-    logp_fn: LogpFn, params: Any, grouped: Any, groups_at_once: int, blocks: Blocks
+    logp_fn: LogpFn, params: Any, grouped: Any, groups_at_once: int, blocks: Blocks, layout: Layout | None
 ) -> tuple[str | None, Probes]:
-    """Why the fast path cannot measure these blocks (None: it can), and the shapes of its probes by leaf."""
+    """Why the fast path cannot measure these blocks (None: it can), and the shapes of its probes by leaf.
+
+    Kernels outside the blocks that pass through `dense` in the same way are probed as well.
+    """
     leaves, structure = jax.tree.flatten(params)
     seen: dict[int, list[Probe]] = {}
+    # of a sharded model only the blocks, whose products know how to lie
+    kernels = [k for k, x in enumerate(leaves) if x.ndim == 2] if layout is None else blocks.leaves
 
     def run(leaves: list[Array], rows: Any) -> Array:
-        with open_taps({id(leaves[k]): k for k in blocks.leaves}) as taps:
+        with open_taps({id(leaves[k]): k for k in kernels}) as taps:
             logp = logp_fn(jax.tree.unflatten(structure, leaves), rows)
         seen.update(taps.seen)
         return logp
 
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((groups_at_once * x.shape[1], *x.shape[2:]), x.dtype), grouped)
     n = jax.tree.leaves(rows)[0].shape[0]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    whole = leaves if layout is None else jax.eval_shape(layout.gather, leaves)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in whole]
     jaxpr = jax.make_jaxpr(run)(shapes, rows).jaxpr
+    faults = {k: _fault(jaxpr, k, blocks.paths[k], seen.get(k, []), n) for k in {*kernels, *blocks.leaves}}
     for k in blocks.leaves:
-        path, calls = blocks.paths[k], seen.get(k, [])
-        if not calls:
-            return f"{path} did not reach pcr_jax.dense as it is (a cast, inside jit, scan or remat, or not at all)", {}
-        if len(calls) > 1:
-            return f"{path} passes through dense {len(calls)} times", {}
-        users = [eqn for eqn in jaxpr.eqns if any(v is jaxpr.invars[k] for v in eqn.invars)]
-        if len(users) != 1 or jaxpr.invars[k] in jaxpr.outvars:
-            return f"{path} is used outside dense as well", {}
-        if calls[0].x.shape[0] != n or not _reaches(jaxpr, users[0], calls[0].dy.shape):
-            return f"the input of dense for {path} has no leading axis of responses (a vmapped or flattened model)", {}
-    return None, {k: seen[k][0] for k in blocks.leaves}
+        if faults[k] is not None:
+            return faults[k], {}
+    return None, {k: seen[k][0] for k, fault in faults.items() if fault is None}
+
+
+def _fault(jaxpr: Any, leaf: int, path: str, calls: list[Probe], n: int) -> str | None:
+    if not calls:
+        return f"{path} did not reach pcr_jax.dense as it is (a cast, inside jit, scan or remat, or not at all)"
+    if len(calls) > 1:
+        return f"{path} passes through dense {len(calls)} times"
+    var = jaxpr.invars[leaf]
+    users = [eqn for eqn in jaxpr.eqns if any(v is var for v in eqn.invars)]
+    if len(users) != 1 or any(v is var for v in jaxpr.outvars):
+        return f"{path} is used outside dense as well"
+    if calls[0].x.shape[0] != n or not _reaches(jaxpr, users[0], calls[0].dy.shape):
+        return f"the input of dense for {path} has no leading axis of responses (a vmapped or flattened model)"
+    return None
 
 
 def _reaches(jaxpr: Any, eqn: Any, shape: tuple[int, ...]) -> bool:
@@ -68,44 +85,83 @@ def pull_fast(
     groups_at_once: int,
     blocks: Blocks,
     probes: Probes,
+    layout: Layout | None,
 ) -> Pulled:
     leaves, structure = jax.tree.flatten(params)
     measured = blocks.leaves
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), probes)
+    axes = () if layout is None else layout.model_axes(measured)
+    flat_zeros, probed = jax.tree.flatten(jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), probes))
+    # of each flat input of the model: the leaf that it is a probe of
+    place = [None] * len(leaves) + [k for k in sorted(probes) for _ in range(2)]
 
     def one_pass(totals: Any, rows: Any) -> Any:
         group_size = jax.tree.leaves(rows)[0].shape[1]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
-        def model(leaves: list[Array], probes: Probes) -> Array:
-            with open_taps({id(leaves[k]): k for k in measured}, probes):
-                return logp_fn(jax.tree.unflatten(structure, leaves), flat)
+        def model(*inputs: Any) -> list[Array]:
+            held, taps = list(inputs[: len(leaves)]), jax.tree.unflatten(probed, inputs[len(leaves) :])
+            whole = held if layout is None else layout.gather(held)
+            with open_taps({id(whole[k]): k for k in taps}, taps):
+                return [logp_fn(jax.tree.unflatten(structure, whole), flat)]
 
-        logp, pull = jax.vjp(model, leaves, zeros)
-        # the kernels' own gradients are replaced below, so the compiler drops the products they would take
-        (plasticity, taps_p), (stability, taps_s) = (pull(w) for w in both_cotangents(cotangents, logp, flat))
-        streams: tuple[list[Any], list[Any]] = (list(plasticity), list(stability))
+        stages = split(model, [*leaves, *flat_zeros], [k for k, leaf in enumerate(place) if leaf in measured])
+        carried, pull_lower, rest = jax.vjp(lambda x: stages.lower([*x, *flat_zeros]), leaves, has_aux=True)
+        logp, pull_upper = jax.vjp(lambda *x: stages.upper([*x[0], *x[1]], x[2], rest)[0], leaves, flat_zeros, carried)
+        pulls = [pull_upper(w) for w in both_cotangents(cotangents, logp, flat)]
+        taps_p, taps_s = (jax.tree.unflatten(probed, taps) for _, taps, _ in pulls)
+        below = pull_lower(jax.tree.map(jnp.add, pulls[0][2], pulls[1][2]))[0]
+        # gradients of probed kernels are replaced below, so the compiler drops the products they would take
+        summed = [sum(map(at_least_float32, parts)) for parts in zip(pulls[0][0], pulls[1][0], below, strict=True)]
+        stability: dict[int, Array] = {}
         response: list[Any] = [0.0] * len(blocks.names)
         stratum: list[Any] = [0.0] * len(blocks.names)
-        for k in measured:
-            block = blocks.of_leaf[k]
-            assert block is not None
+        for k in probes:
             x, dp, ds = taps_p[k].x, taps_p[k].dy, taps_s[k].dy
-            (streams[0][k], streams[1][k]), r, q = kernel_products(x, dp, ds, group_size)
+            block = blocks.of_leaf[k]
+            if block is None:
+                if k in {place[i] for i in stages.read_above if place[i] is not None}:
+                    summed[k] = _kernel_gradient(x, dp + ds)
+                continue
+            (p, s), r, q = _split_products(k, x, dp, ds, group_size, layout, axes)
+            summed[k], stability[k] = (t if layout is None else layout.scatter(k, t) for t in (p, s))
             response[block], stratum[block] = response[block] + r, stratum[block] + q
         products = jnp.stack(response, axis=-1), jnp.stack(stratum, axis=-1)
-        return add(totals, streams), (*products, logp)
+        return add(totals, (summed, stability)), (*products, logp)
 
     passes = jax.tree.map(lambda x: x.reshape(-1, groups_at_once, *x.shape[1:]), grouped)
-    nothing = (zeros_like(leaves), zeros_like(leaves))
-    totals, (response, stratum, logp) = jax.lax.scan(one_pass, nothing, passes)
-    return Pulled(
-        plasticity=jax.tree.unflatten(structure, totals[0]),
-        stability=jax.tree.unflatten(structure, totals[1]),
-        logp=logp.reshape(-1, logp.shape[-1]),
-        response=_by_pair(response),
-        stratum=_by_pair(stratum),
+    nothing = zeros_like(leaves)
+    start = nothing, {k: nothing[k] for k in measured}
+    (plasticity, stability), (response, stratum, logp) = jax.lax.scan(one_pass, start, passes)
+    totals = plasticity, [stability.get(k, zero) for k, zero in enumerate(nothing)]
+    if axes:  # one sum for all responses and blocks
+        response, stratum = jnp.sum(response, axis=1), jnp.sum(stratum, axis=1)
+    return finish(structure, totals, logp, response, stratum, layout)
+
+
+def _split_products(
+    leaf: int, x: Array, dp: Array, ds: Array, group_size: int, layout: Layout | None, axes: Axes
+) -> tuple[tuple[Array, Array], Array, Array]:
+    """`kernel_products` of a kernel that is split over mesh axes: the products as (shards, ...) terms of a sum."""
+    if layout is None or not axes:
+        return kernel_products(x, dp, ds, group_size)
+    rows, columns = (*layout.spec(leaf, axes), None, None)[:2]
+    leading = [None] * (x.ndim - 1)
+    inputs, outputs = PartitionSpec(*leading, rows), PartitionSpec(*leading, columns)
+
+    def part(x: Array, dp: Array, ds: Array) -> Any:
+        totals, *products = kernel_products(x, dp, ds, group_size)
+        return totals, *(layout.once(leaf, t, axes)[None] for t in products)
+
+    split = (PartitionSpec(rows, columns),) * 2, PartitionSpec(axes), PartitionSpec(axes)
+    result: tuple[tuple[Array, Array], Array, Array] = layout.by_part(part, axes, (inputs, outputs, outputs), split)(
+        x, dp, ds
     )
+    return result
+
+
+def _kernel_gradient(x: Array, dy: Array) -> Array:
+    rows, outputs = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return jnp.matmul(rows.T, outputs, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def kernel_products(x: Array, dp: Array, ds: Array, group_size: int) -> tuple[tuple[Array, Array], Array, Array]:
@@ -141,8 +197,3 @@ def _tokens(t: Array) -> int:
     for length in t.shape[1:-1]:
         count *= length
     return count
-
-
-def _by_pair(products: Array) -> Array:
-    """(passes, rows, 3, blocks) -> (3, passes * rows, blocks)"""
-    return jnp.moveaxis(products.reshape(-1, *products.shape[2:]), 1, 0)

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from pcr_jax.blocks import Blocks
+from pcr_jax.sharding import Axes, Layout
 
 _PART = 128
 
@@ -56,11 +58,33 @@ def three(p: Array, s: Array) -> Array:
     return jnp.stack([inner(p, p), inner(s, s), inner(p, s)])
 
 
-def block_products(plasticity: Sequence[Array], stability: Sequence[Array], blocks: Blocks) -> Array:
-    """(3, blocks) |p|^2, |s|^2 and p.s of two gradients, given as all leaves of the tree."""
-    sums: list[Any] = [None] * len(blocks.names)
-    for block, p, s in zip(blocks.of_leaf, plasticity, stability, strict=True):
-        if block is not None:
+def block_products(
+    plasticity: Sequence[Array],
+    stability: Sequence[Array],
+    blocks: Blocks,
+    layout: Layout | None = None,
+    axes: Axes = (),
+) -> Array:
+    """(3, blocks) |p|^2, |s|^2 and p.s of two gradients, given as all leaves of the tree.
+
+    With a layout: of leaves that are split over these mesh axes; each shard takes the products of its own part.
+    """
+    leaves = blocks.leaves
+    streams = [plasticity[k] for k in leaves], [stability[k] for k in leaves]
+    used = () if layout is None else tuple(a for a in axes if any(layout.axes_of(k, (a,)) for k in leaves))
+
+    def part(plasticity: Sequence[Array], stability: Sequence[Array]) -> Array:
+        sums: list[Any] = [0.0] * len(blocks.names)
+        for k, p, s in zip(leaves, plasticity, stability, strict=True):
+            block = blocks.of_leaf[k]
+            assert block is not None
             products = three(p, s)
-            sums[block] = products if sums[block] is None else sums[block] + products
-    return jnp.stack(sums, axis=1)
+            sums[block] = sums[block] + (products if layout is None else layout.once(k, products, used))
+        stacked = jnp.stack(sums, axis=1)
+        return jax.lax.psum(stacked, used) if used else stacked
+
+    if layout is None or not used:
+        return part(*streams)
+    specs = [layout.spec(k, used) for k in leaves]
+    products: Array = layout.by_part(part, used, (specs, specs), PartitionSpec())(*streams)
+    return products

@@ -19,10 +19,11 @@ from jax import Array
 
 import pcr_core
 from pcr_core import Objective, Scatter
-from pcr_jax.blocks import Blocks, is_floating, path_name
+from pcr_jax.blocks import Blocks, path_name
+from pcr_jax.checks import check_blocks, check_floating, check_width
 from pcr_jax.products import at_least_float32, block_products
 from pcr_jax.records import register
-from pcr_jax.resolve import check_blocks, check_floating
+from pcr_jax.sharding import Layout
 
 Norms = Literal["auto", "fast", "loop"]
 LogpFn: TypeAlias = Callable[[Any, Any], Array]
@@ -34,8 +35,8 @@ class Pulled:
     """What one micro-batch contributes; a pytree.
 
     Attributes:
-        plasticity: P, a tree like the parameters; half precision is summed in float32.
-        stability: S.
+        plasticity: P, a tree like the parameters; half precision is summed in float32. Outside the blocks it is P + S.
+        stability: S; zero outside the blocks.
         logp: (n, T).
         response: (3, n, blocks) |p_i|^2, |s_i|^2 and p_i.s_i of each response.
         stratum: (3, n / group_size, blocks) the same of each group's summed contribution.
@@ -71,6 +72,7 @@ def pullback(
     group_size: int,
     norms: Norms = "auto",
     groups_at_once: int = 1,
+    layout: Layout | None = None,
 ) -> Pulled:
     """Totals and inner products of both streams, for `resolve`. Memory does not grow with the number of groups.
 
@@ -86,6 +88,8 @@ def pullback(
         norms: "fast" measures kernels that pass through `dense`; "loop" takes any model, at a vjp per response and
             stream; "auto" is "fast" where all block leaves pass through `dense`, else "loop".
         groups_at_once: groups in one forward pass of the fast path; must divide their number.
+        layout: where `make_train_step` calls it on each data shard: params and batch are that shard's, the totals are
+            of all shards and lie like params, and the other attributes are of this shard's responses.
 
     Raises:
         ValueError: rows that are not whole groups, shapes that do not match, or norms="fast" with what it does not
@@ -123,12 +127,12 @@ def pullback(
         raise ValueError(f"groups_at_once: {groups_at_once} does not divide the {groups} groups of the batch")
     grouped = jax.tree.map(lambda x: x.reshape(groups, group_size, *x.shape[1:]), batch)
     if norms != "loop":
-        reason, probes = uncovered(logp_fn, params, grouped, groups_at_once, blocks)
+        reason, probes = uncovered(logp_fn, params, grouped, groups_at_once, blocks, layout)
         if reason is None:
-            return pull_fast(logp_fn, params, grouped, cotangents, groups_at_once, blocks, probes)
+            return pull_fast(logp_fn, params, grouped, cotangents, groups_at_once, blocks, probes, layout)
         if norms == "fast":
             raise ValueError(f"norms='fast': {reason}; use norms='loop' or other blocks")
-    return _loop(logp_fn, params, grouped, cotangents, blocks)
+    return _loop(logp_fn, params, grouped, cotangents, blocks, layout)
 
 
 def both_cotangents(cotangents: Cotangents, logp: Array, rows: Any) -> tuple[Array, Array]:
@@ -144,6 +148,7 @@ def both_cotangents(cotangents: Cotangents, logp: Array, rows: Any) -> tuple[Arr
     for stream, w in zip(("plasticity", "stability"), got, strict=True):
         if tuple(w.shape) != tuple(logp.shape):
             raise ValueError(f"cotangents: {stream} has shape {tuple(w.shape)}, logp has {tuple(logp.shape)}")
+        check_floating(w, f"cotangents: {stream}")
     return got[0].astype(logp.dtype), got[1].astype(logp.dtype)
 
 
@@ -155,30 +160,50 @@ def add(sums: Any, parts: Any) -> Any:
     return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, parts)
 
 
-def _loop(logp_fn: LogpFn, params: Any, grouped: Any, cotangents: Cotangents, blocks: Blocks) -> Pulled:
-    leaves, structure = jax.tree.flatten(params)
-    nothing = (zeros_like(leaves), zeros_like(leaves))
+def finish(structure: Any, totals: Any, logp: Array, response: Array, stratum: Array, layout: Layout | None) -> Pulled:
+    """From (passes, rows, ...) of the scan."""
+    plasticity, stability = totals if layout is None else (layout.total(stream) for stream in totals)
+    return Pulled(
+        plasticity=jax.tree.unflatten(structure, plasticity),
+        stability=jax.tree.unflatten(structure, stability),
+        logp=logp.reshape(-1, logp.shape[-1]),
+        response=_by_pair(response),
+        stratum=_by_pair(stratum),
+    )
 
-    def one_response(sums: Any, row: Any) -> Any:
-        rows = jax.tree.map(lambda x: x[None], row)
-        logp, pull = jax.vjp(lambda p: logp_fn(p, rows), params)
-        streams = tuple(
-            [at_least_float32(g) for g in jax.tree.leaves(pull(w)[0])] for w in both_cotangents(cotangents, logp, rows)
-        )
-        return add(sums, streams), (block_products(streams[0], streams[1], blocks), logp[0])
+
+def _by_pair(products: Array) -> Array:
+    """(passes, rows, 3, blocks) -> (3, passes * rows, blocks)"""
+    return jnp.moveaxis(products.reshape(-1, *products.shape[2:]), 1, 0)
+
+
+def _loop(
+    logp_fn: LogpFn, params: Any, grouped: Any, cotangents: Cotangents, blocks: Blocks, layout: Layout | None
+) -> Pulled:
+    held, structure = jax.tree.flatten(params)
+    axes = () if layout is None else layout.model_axes(blocks.leaves)
 
     def one_group(totals: Any, rows: Any) -> Any:
-        sums, (products, logp) = jax.lax.scan(one_response, nothing, rows)
-        return add(totals, sums), (products, block_products(sums[0], sums[1], blocks), logp)
+        leaves = held if layout is None else layout.gather(held)
 
-    totals, (response, stratum, logp) = jax.lax.scan(one_group, nothing, grouped)
-    return Pulled(
-        plasticity=jax.tree.unflatten(structure, totals[0]),
-        stability=jax.tree.unflatten(structure, totals[1]),
-        logp=logp.reshape(-1, logp.shape[-1]),
-        response=jnp.moveaxis(response.reshape(-1, *response.shape[2:]), 1, 0),
-        stratum=jnp.moveaxis(stratum, 1, 0),
-    )
+        def one_response(sums: Any, row: Any) -> Any:
+            rows = jax.tree.map(lambda x: x[None], row)
+            logp, pull = jax.vjp(lambda x: logp_fn(jax.tree.unflatten(structure, x), rows), leaves)
+            p, s = ([at_least_float32(g) for g in pull(w)[0]] for w in both_cotangents(cotangents, logp, rows))
+            return add(sums, (p, s)), (block_products(p, s, blocks, layout, axes), logp[0])
+
+        sums, (response, logp) = jax.lax.scan(one_response, (zeros_like(leaves), zeros_like(leaves)), rows)
+        stratum = block_products(sums[0], sums[1], blocks, layout, axes)
+        if layout is not None:
+            sums = tuple([layout.scatter(k, x) for k, x in enumerate(stream)] for stream in sums)
+        return add(totals, sums), (response, stratum[None], logp)
+
+    (p, s), (response, stratum, logp) = jax.lax.scan(one_group, (zeros_like(held), zeros_like(held)), grouped)
+    outside = [k for k, block in enumerate(blocks.of_leaf) if block is None]
+    for k in outside:
+        p[k], s[k] = p[k] + s[k], jnp.zeros_like(s[k])
+    totals = p, s
+    return finish(structure, totals, logp, response, stratum, layout)
 
 
 def _groups(batch: Any, group_size: Any) -> int:
@@ -195,8 +220,7 @@ def _groups(batch: Any, group_size: Any) -> int:
             rows = int(leaf.shape[0])
         if leaf.shape[0] != rows:
             raise ValueError(f"batch: {name} has {leaf.shape[0]} rows, the first leaf has {rows}")
-        if is_floating(leaf):
-            check_floating(leaf, f"batch: {name}")
+    check_width(batch, "batch")
     if not rows or rows % group_size:
         raise ValueError(
             f"batch: {rows} rows are not whole groups of {group_size}; groups of unequal size are not supported"

@@ -10,21 +10,29 @@ import jax.numpy as jnp
 from jax import Array
 
 import pcr_core
-from pcr_core import BlockStatistics, Rule, Scatter, TemporalPrior, Weights
-from pcr_jax.blocks import Blocks, Selector, is_floating, path_name, select_blocks
+from pcr_core import BlockStatistics, PriorState, Rule, Scatter, Weights
+from pcr_jax.blocks import Blocks, Selector, select_blocks
+from pcr_jax.checks import check_blocks, check_floating
 from pcr_jax.products import block_products, wide_dtype
 from pcr_jax.records import register
+from pcr_jax.sharding import Layout
+from pcr_jax.temporal import filtered, is_temporal
 
 Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was decided on what; arrays of shape (blocks,). A pytree, whose `blocks` are part of its structure."""
+    """What was decided on what; arrays of shape (blocks,). A pytree, whose `blocks` are part of its structure.
+
+    `prior` is what TemporalPrior carries to the next step, None with other rules. With it, `weights` are those of the
+    filtered means; `statistics` are always those of the totals.
+    """
 
     weights: Weights[Array]
     statistics: BlockStatistics[Array]
     blocks: Blocks
+    prior: PriorState[Any] | None = None
 
 
 register(Report, static=("blocks",))
@@ -37,6 +45,8 @@ def resolve(
     rule: Rule = pcr_core.PCR(),
     *,
     blocks: Blocks | Selector = "mlp",
+    prior: PriorState[Any] | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Tree, Report]:
     """The update a P + b S with the rule's two weights per block, and P + S outside the blocks.
 
@@ -48,8 +58,10 @@ def resolve(
         stability_grads: the same structure and shapes: the total stability gradient S, beta included.
         statistics: the Scatter of both (`pullback(...).scatter()`), to which the inner products of the totals are
             added here; or complete BlockStatistics. Arrays of shape (blocks,), in the order of `blocks.names`.
-        rule: any `pcr_core.Rule`; not with TemporalPrior.
+        rule: any `pcr_core.Rule`.
         blocks: of `select_blocks`, or a selector of it.
+        prior: with TemporalPrior, the last step's `report.prior`, at the first step `init_prior(params, blocks)`.
+        layout: how gradients on a mesh are split, so that no inner product gathers one; see `make_train_step`.
 
     Returns:
         The update, each leaf in its gradients' dtype, and a Report. A block whose sums are not finite gets a non-finite
@@ -57,7 +69,7 @@ def resolve(
 
     Raises:
         TypeError: leaves that are not floating (or float64 while x64 is off), statistics or a rule of another kind.
-        ValueError: trees that do not match each other or `blocks`, or TemporalPrior.
+        ValueError: trees that do not match each other or `blocks`, or TemporalPrior without `prior`.
 
     Example:
         >>> import jax.numpy as jnp, pcr_core
@@ -69,11 +81,12 @@ def resolve(
     """
     if not callable(rule):
         raise TypeError(f"rule: expected a pcr_core rule such as pcr_core.PCR(), got {rule!r}")
-    if isinstance(rule, pcr_core.PCR) and isinstance(rule.prior, TemporalPrior):
+    if is_temporal(rule) and prior is None:
         raise ValueError(
-            "rule: TemporalPrior keeps two more gradients from step to step, which resolve does not carry yet; "
-            "use FlatPrior() or ShrinkagePrior()"
+            "prior: TemporalPrior keeps state; give the last report.prior, at first init_prior(params, blocks)"
         )
+    if not is_temporal(rule) and prior is not None:
+        raise ValueError("prior: only PCR with TemporalPrior keeps state; drop the argument")
     check_floating(plasticity_grads, "plasticity_grads")
     check_floating(stability_grads, "stability_grads")
     chosen = blocks if isinstance(blocks, Blocks) else select_blocks(plasticity_grads, blocks)
@@ -84,38 +97,21 @@ def resolve(
     for path, p, s in zip(chosen.paths, plasticity, stability, strict=True):
         if p.shape != s.shape:
             raise ValueError(f"stability_grads: {path} has shape {s.shape}, in plasticity_grads it has {p.shape}")
-    complete = _complete(statistics, plasticity, stability, chosen)
-    weights = rule(complete)
+    dtypes = [jnp.promote_types(p.dtype, s.dtype) for p, s in zip(plasticity, stability, strict=True)]
+    complete = _complete(statistics, plasticity, stability, chosen, layout)
+    if is_temporal(rule):
+        weights, plasticity, stability, prior = filtered(rule, complete, plasticity, stability, prior, chosen, layout)
+    else:
+        weights = rule(complete)
     update = [
-        _combine(p, s, None if block is None else (weights.plasticity[block], weights.stability[block]))
-        for block, p, s in zip(chosen.of_leaf, plasticity, stability, strict=True)
+        _combine(p, s, None if block is None else (weights.plasticity[block], weights.stability[block])).astype(dtype)
+        for block, p, s, dtype in zip(chosen.of_leaf, plasticity, stability, dtypes, strict=True)
     ]
-    return jax.tree.unflatten(structure, update), Report(weights, complete, chosen)
-
-
-def check_floating(tree: Any, name: str) -> None:
-    """TypeError naming the first leaf that is not a floating array, or is float64 while x64 is off."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        where = f"{name}: {path_name(path) or 'the leaf'}"
-        if not is_floating(leaf):
-            raise TypeError(f"{where} is {getattr(leaf, 'dtype', type(leaf).__name__)}, expected a floating array")
-        if leaf.dtype == jnp.float64 and wide_dtype() != jnp.float64:
-            raise TypeError(f"{where} is float64, and JAX would make it float32: cast it, or turn x64 on")
-
-
-def check_blocks(tree: Any, blocks: Blocks, name: str) -> None:
-    """ValueError unless `blocks` were selected on a tree of this structure."""
-    paths = tuple(path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
-    if paths != blocks.paths:
-        odd = sorted(set(paths) ^ set(blocks.paths))
-        raise ValueError(
-            f"{name}: its {len(paths)} leaves are not the {len(blocks.paths)} that the blocks were selected on"
-            + (f"; only one of them has {odd[0]}" if odd else "")
-        )
+    return jax.tree.unflatten(structure, update), Report(weights, complete, chosen, prior)
 
 
 def _complete(
-    statistics: Any, plasticity: list[Array], stability: list[Array], blocks: Blocks
+    statistics: Any, plasticity: list[Array], stability: list[Array], blocks: Blocks, layout: Layout | None
 ) -> BlockStatistics[Array]:
     if not isinstance(statistics, (Scatter, BlockStatistics)):
         raise TypeError(f"statistics: expected a pcr_core.Scatter or BlockStatistics, got {type(statistics).__name__}")
@@ -123,10 +119,14 @@ def _complete(
     if tuple(statistics.plasticity_var.shape) != expected:
         got = tuple(statistics.plasticity_var.shape)
         raise ValueError(f"statistics: expected arrays of shape {expected}, one number a block, got {got}")
+    check_floating(statistics, "statistics")
+    statistics = jax.tree.map(jnp.asarray, statistics)
     if isinstance(statistics, BlockStatistics):
-        return statistics
+        complete: BlockStatistics[Array] = statistics
+        return complete
     wide = wide_dtype()
-    products = block_products(plasticity, stability, blocks)
+    axes = () if layout is None else tuple(layout.mesh.axis_names)
+    products = block_products(plasticity, stability, blocks, layout, axes)
     return BlockStatistics(
         plasticity_sq=products[0],
         stability_sq=products[1],
@@ -139,10 +139,9 @@ def _complete(
 
 
 def _combine(p: Array, s: Array, weights: tuple[Array, Array] | None) -> Array:
-    out = jnp.promote_types(p.dtype, s.dtype)
-    dtype = jnp.promote_types(out, jnp.float32)
+    dtype = jnp.promote_types(jnp.promote_types(p.dtype, s.dtype), jnp.float32)
     p, s = p.astype(dtype), s.astype(dtype)
     if weights is None:
-        return (p + s).astype(out)
+        return p + s
     a, b = (w.astype(dtype) for w in weights)  # a float64 scalar would widen the whole leaf
-    return (a * p + b * s).astype(out)
+    return a * p + b * s

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pcr_core
-from pcr_core import Objective, Rule
+from pcr_core import Objective, PriorState, Rule, Scatter
 from pcr_core.objective import Importance, Normalization, batch_normalizer
 from pcr_jax.blocks import Blocks, Granularity, Selector, select_blocks
+from pcr_jax.checks import check_floating, check_width
 from pcr_jax.pullback import LogpFn, Norms, pullback
 from pcr_jax.records import register
 from pcr_jax.resolve import Report, resolve
+from pcr_jax.sharding import Layout
+from pcr_jax.temporal import init_prior, is_temporal
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,20 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a checkpoint has to hold; a pytree. `step` is () int32."""
+    """All that a checkpoint has to hold; a pytree. `step` is () int32, `prior` is TemporalPrior's, else None."""
 
     params: Any
     optimizer: Any
     step: Array
+    prior: PriorState[Any] | None = None
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Of one step, taken before the update; arrays of shape () but for `resolution`, which is per block."""
+    """Of one step, taken before the update; arrays of shape () but for `resolution`, which is per block.
+
+    `resolution.prior` is None: it is in the new state.
+    """
 
     plasticity_loss: Array
     stability_loss: Array
@@ -62,10 +71,51 @@ for _record in (Rollouts, TrainState, StepReport):
     register(_record)
 
 
-def init_state(params: Any, optimizer: Any) -> TrainState:
-    """The state before the first step. `params` are copied, since steps take the memory of the state they are given."""
+@dataclass(frozen=True)
+class TrainStep:
+    """`step(state, rollouts) -> (state, report)`; `compiled` is the same of `jax.jit`, without the check of dtypes."""
+
+    compiled: Any
+
+    def __call__(self, state: TrainState, rollouts: Rollouts) -> tuple[TrainState, StepReport]:
+        check_width(state, "state")
+        check_width(rollouts, "rollouts")
+        result: tuple[TrainState, StepReport] = self.compiled(state, rollouts)
+        return result
+
+    def lower(self, state: TrainState, rollouts: Rollouts) -> Any:
+        """For `.compile()`, whose text and memory analysis say what XLA made of it; nothing runs."""
+        return self.compiled.lower(state, rollouts)
+
+
+def init_state(
+    params: Any,
+    optimizer: Any,
+    rule: Rule = pcr_core.PCR(),
+    *,
+    blocks: Blocks | Selector = "mlp",
+    granularity: Granularity = "tensor",
+) -> TrainState:
+    """The state before the first step.
+
+    `params` are copied, since steps take the memory of the state they are given. Where they lie on a mesh, so does all
+    of the state: the optimizer's moments like their parameters, counters replicated. `rule`, `blocks` and `granularity`
+    are those of `make_train_step`; only TemporalPrior asks for them.
+    """
+    check_floating(params, "params")
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    prior = None
+    if is_temporal(rule):
+        prior = init_prior(params, blocks if isinstance(blocks, Blocks) else select_blocks(params, blocks, granularity))
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), prior)
+    meshes = {x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(x.sharding, NamedSharding)}
+    if not meshes:
+        return state
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+    placed: TrainState = jax.tree.map(
+        lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere), state
+    )
+    return placed
 
 
 def make_train_step(
@@ -82,7 +132,9 @@ def make_train_step(
     importance: Importance = "token",
     norms: Norms = "auto",
     microbatch: int | None = None,
-) -> Callable[[TrainState, Rollouts], tuple[TrainState, StepReport]]:
+    shardings: TrainState | None = None,
+    data_axis: str | Sequence[str] = "data",
+) -> TrainStep:
     """A jitted `step(state, rollouts) -> (state, report)`, which compiles once for each shape of a batch.
 
     The state that is given to it is donated: its arrays cannot be used afterwards.
@@ -93,11 +145,15 @@ def make_train_step(
             itself (MultiSteps) comes too late for the statistics: use larger batches and `microbatch`.
         group_size: responses a prompt.
         beta: KL coefficient, >= 0.
-        rule: any `pcr_core.Rule`, not with TemporalPrior.
+        rule: any `pcr_core.Rule`; TemporalPrior needs `init_state(params, optimizer, rule, blocks=blocks)`.
         blocks, granularity: see `select_blocks`.
         clip, normalization, importance: see `pcr_core.grpo_objective`. Tokens are counted over the whole batch.
         norms: see `pullback`.
         microbatch: responses in one forward pass of the fast path, whole groups; one group by default.
+        shardings: for several devices, `jax.tree.map(lambda x: x.sharding, state)`, with all of the state on one mesh.
+            The new state is laid out alike. Without it XLA gathers the whole batch on every device.
+        data_axis: the mesh axis, or axes, that rollouts are split over, by whole groups; () where they are not.
+            Parameters split over these as well (FSDP) are gathered for every pass.
 
     Raises:
         ValueError, TypeError: naming the argument, here or when a batch of a new shape is traced.
@@ -124,6 +180,14 @@ def make_train_step(
     if microbatch is not None and (microbatch < group_size or microbatch % group_size):
         raise ValueError(f"microbatch: expected whole groups of {group_size} responses, got {microbatch}")
 
+    if shardings is not None and not isinstance(shardings, TrainState):
+        raise TypeError(f"shardings: expected a TrainState of NamedSharding, got {type(shardings).__name__}")
+    layout = None if shardings is None else Layout.of(shardings.params, data_axis)
+
+    if isinstance(beta, numbers.Real):
+        beta = float(beta)  # a NumPy scalar would widen float32 where x64 is on
+    check_width(beta, "beta")
+
     def objective(logp: Array, rows: Rollouts, normalizer: Any) -> Objective[Array]:
         return pcr_core.grpo_objective(
             logp,
@@ -142,26 +206,69 @@ def make_train_step(
         if not isinstance(rollouts, Rollouts):
             raise TypeError(f"rollouts: expected pcr_jax.Rollouts, got {type(rollouts).__name__}")
         chosen = blocks if isinstance(blocks, Blocks) else select_blocks(state.params, blocks, granularity)
+        if is_temporal(rule) != (state.prior is not None):
+            raise ValueError(
+                "state: TemporalPrior keeps state, other rules none; make it with init_state(params, optimizer, rule, "
+                "blocks=...) of this step's rule"
+            )
+        if layout is not None:
+            _check_layout(layout, shardings, state, rollouts, group_size)
+            rollouts = layout.split(rollouts)
         normalizer = batch_normalizer((rollouts.mask != 0).astype(jnp.float32), normalization)
-        pulled = pullback(
-            lambda params, rows: logp_fn(params, rows.inputs),
-            state.params,
-            rollouts,
-            lambda logp, rows: objective(logp, rows, normalizer),
-            blocks=chosen,
-            group_size=group_size,
-            norms=norms,
-            groups_at_once=1 if microbatch is None else microbatch // group_size,
+
+        def pull(params: Any, rollouts: Rollouts, normalizer: Any) -> tuple[Any, Any, Array, Scatter[Array]]:
+            pulled = pullback(
+                lambda params, rows: logp_fn(params, rows.inputs),
+                params,
+                rollouts,
+                lambda logp, rows: objective(logp, rows, normalizer),
+                blocks=chosen,
+                group_size=group_size,
+                norms=norms,
+                groups_at_once=1 if microbatch is None else microbatch // group_size,
+                layout=layout,
+            )
+            scatter = pulled.scatter()
+            return pulled.plasticity, pulled.stability, pulled.logp, scatter if layout is None else layout.sum(scatter)
+
+        if layout is not None:
+            held = jax.tree.unflatten(
+                jax.tree.structure(state.params), [layout.spec(k, layout.data) for k in range(len(layout.specs))]
+            )
+            rows, whole = layout.rollouts.spec, PartitionSpec()
+            pull = layout.by_shard(pull, (held, rows, whole), (held, held, rows, whole))
+        plasticity, stability, logp, scatter = pull(state.params, rollouts, normalizer)
+        update, resolution = resolve(
+            plasticity, stability, scatter, rule, blocks=chosen, prior=state.prior, layout=layout
         )
-        update, resolution = resolve(pulled.plasticity, pulled.stability, pulled.scatter(), rule, blocks=chosen)
         update = jax.tree.map(lambda u, x: u.astype(x.dtype), update, state.params)
         change, inner = optimizer.update(update, state.optimizer, state.params)
         params = jax.tree.map(lambda x, dx: (x + dx).astype(x.dtype), state.params, change)
-        whole = objective(pulled.logp, rollouts, normalizer)
+        lost = objective(logp, rollouts, normalizer)
         report = StepReport(
-            jnp.sum(whole.plasticity_loss), jnp.sum(whole.stability_loss), whole.kl, whole.clip_fraction, resolution
+            jnp.sum(lost.plasticity_loss),
+            jnp.sum(lost.stability_loss),
+            lost.kl,
+            lost.clip_fraction,
+            replace(resolution, prior=None),
         )
-        return TrainState(params, inner, state.step + 1), report
+        return TrainState(params, inner, state.step + 1, resolution.prior), report
 
-    compiled: Callable[[TrainState, Rollouts], tuple[TrainState, StepReport]] = jax.jit(step, donate_argnums=(0,))
-    return compiled
+    placed: dict[str, Any] = {}
+    if layout is not None:
+        placed = {
+            "in_shardings": (None, layout.rollouts),
+            "out_shardings": (shardings, layout.replicated),
+        }
+    return TrainStep(jax.jit(step, donate_argnums=(0,), **placed))
+
+
+def _check_layout(layout: Layout, shardings: Any, state: TrainState, rollouts: Rollouts, group_size: int) -> None:
+    if jax.tree.structure(shardings) != jax.tree.structure(state):
+        raise ValueError("shardings: not a tree like the state; take jax.tree.map(lambda x: x.sharding, state)")
+    n = rollouts.mask.shape[0]
+    if n % (layout.shards * group_size):
+        raise ValueError(
+            f"rollouts: {n} responses over {layout.shards} data shards are not whole groups of {group_size} on each; a "
+            "group that is split over devices is not supported"
+        )

@@ -34,13 +34,15 @@ def statistics(pulled: Pulled, blocks: Blocks) -> Any:
         pytest.param(*("float32", "fast", "eager"), marks=pytest.mark.slow),
         ("float32", "fast", "jit"),
         ("float32", "loop", "jit"),
+        pytest.param(*("float32 in x64", "fast", "jit"), marks=pytest.mark.slow),
         ("float64", "fast", "jit"),
         pytest.param(*("float64", "loop", "eager"), marks=pytest.mark.slow),
     ],
 )
 def test_equals_gradients_of_single_responses(dtype: str, norms: str, mode: str) -> None:
     bound = 1e-10 if dtype == "float64" else 1e-5
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64("64" in dtype):
+        dtype = dtype.split()[0]
         params = tiny.on_device(tiny.parameters(dtype=dtype))
         batch = tiny.on_device(tiny.rollouts(dtype=dtype))
         blocks = select_blocks(params)

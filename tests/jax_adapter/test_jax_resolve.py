@@ -167,11 +167,6 @@ def test_bad_input_is_named() -> None:
             "stability_grads: other is float64, and JAX would make it float32",
             lambda: resolve(p, {**s, "other": np.ones((2, 3))}, noise, blocks=blocks),
         ),
-        (
-            ValueError,
-            "rule: TemporalPrior keeps",
-            lambda: resolve(p, s, noise, pcr_core.PCR(prior=pcr_core.TemporalPrior()), blocks=blocks),
-        ),
     ]
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):

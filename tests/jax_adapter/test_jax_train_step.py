@@ -63,7 +63,7 @@ def test_compiles_once_and_donates() -> None:
     for seed in range(2, 5):
         state, _ = step(state, rollouts(seed))
     assert len(traces) == traced
-    assert step._cache_size() == 1
+    assert step.compiled._cache_size() == 1
     assert int(state.step) == 4
     assert all(x.is_deleted() for x in jax.tree.leaves(first.params))
     assert not any(x.is_deleted() for x in jax.tree.leaves(params))
@@ -72,9 +72,10 @@ def test_compiles_once_and_donates() -> None:
 @pytest.mark.slow
 def test_a_checkpoint_continues_exactly(tmp_path: Path) -> None:
     checkpoint = pytest.importorskip("orbax.checkpoint")
-    optimizer = optax.adam(1e-2)
-    step = make_train_step(tiny.forward, optimizer, group_size=GROUP, beta=BETA)
-    state, _ = step(init_state(tiny.on_device(tiny.parameters()), optimizer), rollouts())
+    optimizer, rule = optax.adam(1e-2), pcr_core.PCR(prior=pcr_core.TemporalPrior())
+    step = make_train_step(tiny.forward, optimizer, group_size=GROUP, beta=BETA, rule=rule)
+    state, _ = step(init_state(tiny.on_device(tiny.parameters()), optimizer, rule), rollouts())
+    assert state.prior is not None
     with checkpoint.StandardCheckpointer() as store:
         store.save(tmp_path / "state", state)
         store.wait_until_finished()

@@ -119,7 +119,8 @@ def contributions(params: Any, batch: Any, leaves: Any, *, compiled: bool = True
 
 def relative(got: Any, expected: Any) -> float:
     got, expected = np.asarray(got, dtype="float64"), np.asarray(expected, dtype="float64")
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+    size = float(np.linalg.norm(expected))
+    return float(np.linalg.norm(got - expected)) / (size or 1.0)
 
 
 def assert_statistics_close(got: Any, expected: Any, tolerance: float) -> None:

@@ -1,0 +1,43 @@
+"""Errors that name the argument and the leaf, at trace time where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pcr_jax.blocks import Blocks, is_floating, path_name
+
+
+def check_floating(tree: Any, name: str) -> None:
+    """TypeError naming the first leaf that is not a floating array, or that JAX would narrow."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if not is_floating(leaf):
+            where = f"{name}: {path_name(path) or 'the leaf'}"
+            raise TypeError(f"{where} is {getattr(leaf, 'dtype', type(leaf).__name__)}, expected a floating array")
+    check_width(tree, name)
+
+
+def check_width(tree: Any, name: str) -> None:
+    """TypeError naming the first leaf that is float64 while x64 is off.
+
+    Arguments of a compiled function are float32 by the time it is traced, so it has to be called outside.
+    """
+    if jnp.result_type(float) == jnp.float64:
+        return
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if getattr(leaf, "dtype", None) == jnp.float64:
+            where = f"{name}: {path_name(path)}" if path else name
+            raise TypeError(f"{where} is float64, and JAX would make it float32: cast it, or turn x64 on")
+
+
+def check_blocks(tree: Any, blocks: Blocks, name: str) -> None:
+    """ValueError unless `blocks` were selected on a tree of this structure."""
+    paths = tuple(path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
+    if paths != blocks.paths:
+        odd = sorted(set(paths) ^ set(blocks.paths))
+        raise ValueError(
+            f"{name}: its {len(paths)} leaves are not the {len(blocks.paths)} that the blocks were selected on"
+            + (f"; only one of them has {odd[0]}" if odd else "")
+        )
