@@ -20,8 +20,10 @@ SMALL_STEP = ("grpo_step.py", "--responses", "4", "--tokens", "4", "--vocabulary
         ((*SMALL_STEP, "--only", "PCR", "two"), 4),
         ((*SMALL_STEP, "--amortised"), 3),
         (("resolve.py", "--size", "200000", "--repeats", "1"), 4),
+        ((*SMALL_STEP, "--framework", "jax", "--groups-at-once", "1", "--only", "upper"), 2),
+        (("resolve.py", "--framework", "jax", "--size", "200000", "--repeats", "1"), 2),
     ],
-    ids=["step", "amortised", "resolve"],
+    ids=["step", "amortised", "resolve", "step in jax", "resolve in jax"],
 )
 def test_benchmarks_run(command: tuple[str, ...], ways: int, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
