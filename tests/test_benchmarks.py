@@ -36,3 +36,13 @@ def test_benchmarks_run(command: tuple[str, ...], ways: int, tmp_path: Path) -> 
     assert rows[0]["ratio"] == 1.0
     assert all(row["seconds"] > 0 for row in rows)
     assert "| way | seconds |" in done.stdout
+
+
+@pytest.mark.slow
+def test_stacked_cotangents_runs() -> None:
+    pytest.importorskip("jax")
+    small = ("--width", "8", "--hidden", "12", "--responses", "4", "--tokens", "4")
+    command = [sys.executable, str(FOLDER / "jax_stacked_cotangents.py"), *small]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all right" in done.stdout

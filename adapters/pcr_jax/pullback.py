@@ -1,7 +1,7 @@
 """From a policy to the totals of both streams and the inner products of per-response contributions.
 
-One forward and two pullbacks of the map parameters -> logp. Never a `vmap` over the two stacked cotangents: compiled
-for a CPU it gave wrong numbers at realistic sizes.
+One forward and two pullbacks of the map parameters -> logp. Not a `vmap` over the two stacked cotangents: it once gave
+wrong numbers, compiled for a CPU; `benchmarks/jax_stacked_cotangents.py` looks for that.
 
 The reference implementation is here: a scan over groups, and in each over its responses, one vjp at a time, so that no
 more than three gradients per stream are held. It takes any model. `fast.py` has the same for dense layers.
@@ -48,14 +48,31 @@ class Pulled:
     response: Array
     stratum: Array
 
-    def scatter(self) -> Scatter[Array]:
-        """Noise of both totals from the scatter within groups; `pcr_core.merge` adds those of micro-batches."""
+    def scatter(self, present: Array | None = None) -> Scatter[Array]:
+        """Noise of both totals from the scatter within groups; `pcr_core.merge` adds those of micro-batches.
+
+        Args:
+            present: (n,) boolean, False for rows that only fill up a smaller group and contribute nothing (masked, or
+                with cotangents of zero). A group with none present is left out.
+
+        Raises:
+            ValueError: shapes and dtypes, or a group with one response present (NaN where `present` is traced).
+        """
         groups, n = self.stratum.shape[1], self.response.shape[1]
         ids = jnp.repeat(jnp.arange(groups), n // groups)
+        response, stratum = self.response, self.stratum
+        if present is not None:
+            if tuple(present.shape) != (n,) or present.dtype != bool:
+                raise ValueError(
+                    f"present: expected booleans of shape ({n},), got {present.dtype} of shape {tuple(present.shape)}"
+                )
+            # what only fills up is a stratum of its own, in which two more rows of zero see to it that none is alone
+            ids = jnp.concatenate([jnp.where(present, ids, groups), jnp.full((2,), groups)])
+            response, stratum = (jnp.pad(x, ((0, 0), (0, more), (0, 0))) for x, more in ((response, 2), (stratum, 1)))
         return Scatter(
-            pcr_core.stratified_variance(self.response[0], self.stratum[0], ids),
-            pcr_core.stratified_variance(self.response[1], self.stratum[1], ids),
-            pcr_core.stratified_covariance(self.response[2], self.stratum[2], ids),
+            pcr_core.stratified_variance(response[0], stratum[0], ids),
+            pcr_core.stratified_variance(response[1], stratum[1], ids),
+            pcr_core.stratified_covariance(response[2], stratum[2], ids),
         )
 
 
@@ -84,7 +101,8 @@ def pullback(
         cotangents: (logp, the same rows of the batch) -> the (rows, T) derivatives of both losses with respect to logp,
             or a `pcr_core.Objective` that holds them. It sees some of the rows: give it the normaliser of all of them.
         blocks: of `select_blocks(params)`.
-        group_size: responses a prompt, at least 2.
+        group_size: responses a prompt, at least 2. XLA's shapes are static, so smaller groups are filled up with rows
+            that contribute nothing, see `Pulled.scatter`.
         norms: "fast" measures kernels that pass through `dense`; "loop" takes any model, at a vjp per response and
             stream; "auto" is "fast" where all block leaves pass through `dense`, else "loop".
         groups_at_once: groups in one forward pass of the fast path; must divide their number.
@@ -223,6 +241,7 @@ def _groups(batch: Any, group_size: Any) -> int:
     check_width(batch, "batch")
     if not rows or rows % group_size:
         raise ValueError(
-            f"batch: {rows} rows are not whole groups of {group_size}; groups of unequal size are not supported"
+            f"batch: {rows} rows are not whole groups of {group_size}; fill up smaller groups with masked rows, "
+            "and tell by `present`"
         )
     return rows // group_size

@@ -34,6 +34,8 @@ class Rollouts:
         logp_ref: (n, T) under the reference policy.
         advantages: (n,), of `pcr_core.group_advantages`.
         mask: (n, T) boolean, which entries are response tokens.
+        present: (n,) boolean, where groups are of unequal size: False for rows that only fill up a group. All are
+            responses by default. A group of one response makes the blocks NaN and `weights.finite` False.
     """
 
     inputs: Any
@@ -41,6 +43,7 @@ class Rollouts:
     logp_ref: Array
     advantages: Array
     mask: Array
+    present: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def make_train_step(
         logp_fn: (params, rows of `Rollouts.inputs`) -> (rows, T), see `pullback`.
         optimizer: any `optax.GradientTransformation`. It sees the resolved update; what accumulates or splits gradients
             itself (MultiSteps) comes too late for the statistics: use larger batches and `microbatch`.
-        group_size: responses a prompt.
+        group_size: responses a prompt; of smaller groups see `Rollouts.present`.
         beta: KL coefficient, >= 0.
         rule: any `pcr_core.Rule`; TemporalPrior needs `init_state(params, optimizer, rule, blocks=blocks)`.
         blocks, granularity: see `select_blocks`.
@@ -214,7 +217,13 @@ def make_train_step(
         if layout is not None:
             _check_layout(layout, shardings, state, rollouts, group_size)
             rollouts = layout.split(rollouts)
+        if rollouts.present is not None:
+            rollouts = replace(rollouts, mask=(rollouts.mask != 0) & rollouts.present[:, None])
         normalizer = batch_normalizer((rollouts.mask != 0).astype(jnp.float32), normalization)
+        n = rollouts.mask.shape[0]
+        present = n if rollouts.present is None else jnp.sum(rollouts.present)
+        if normalization in ("grpo", "dr_grpo"):  # these count responses
+            normalizer = normalizer // n * present
 
         def pull(params: Any, rollouts: Rollouts, normalizer: Any) -> tuple[Any, Any, Array, Scatter[Array]]:
             pulled = pullback(
@@ -228,7 +237,7 @@ def make_train_step(
                 groups_at_once=1 if microbatch is None else microbatch // group_size,
                 layout=layout,
             )
-            scatter = pulled.scatter()
+            scatter = pulled.scatter(rollouts.present)
             return pulled.plasticity, pulled.stability, pulled.logp, scatter if layout is None else layout.sum(scatter)
 
         if layout is not None:
@@ -249,7 +258,7 @@ def make_train_step(
             jnp.sum(lost.plasticity_loss),
             jnp.sum(lost.stability_loss),
             lost.kl,
-            lost.clip_fraction,
+            lost.clip_fraction * (n / present if importance == "sequence" else 1.0),
             replace(resolution, prior=None),
         )
         return TrainState(params, inner, state.step + 1, resolution.prior), report

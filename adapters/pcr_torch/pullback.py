@@ -1,7 +1,7 @@
 """From cotangents on logp to gradients and their per-response inner products: the reference implementation.
 
-`per_response` runs one backward pass per response and stream. It is the definition that the fast path (`recorder.py`) is
-tested against, and what remains when a block is not an ordinary linear layer.
+`per_response` runs one backward pass per response and stream. It is the definition that the fast path (`recorder.py`)
+is tested against, and what remains when a block is not an ordinary linear layer.
 """
 
 from __future__ import annotations

@@ -105,6 +105,7 @@ def test_numbers_of_numpy_are_no_arrays() -> None:
     step(beta=np.float64(0.1))
 
 
+@pytest.mark.slow
 def test_the_same_calls_are_right_with_x64_on() -> None:
     with jax.enable_x64(True):
         for argument, call in CASES:

@@ -175,7 +175,7 @@ def test_asked_to_stop_it_saves_the_step_it_took_and_compiles_once(go: Go, start
     again.prepare(task.heldout(8))
     assert again.train(tmp_path / "checkpoint-3", rows.append, lambda: len(rows) == 5) == 5
     assert again.loop is not None
-    assert [loop.update._cache_size() for loop in (made.loop, again.loop)] == [1, 1]  # type: ignore[attr-defined]
+    assert [loop.update.compiled._cache_size() for loop in (made.loop, again.loop)] == [1, 1]  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
