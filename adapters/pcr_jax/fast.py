@@ -112,6 +112,7 @@ def pull_fast(
         below = pull_lower(jax.tree.map(jnp.add, pulls[0][2], pulls[1][2]))[0]
         # gradients of probed kernels are replaced below, so the compiler drops the products they would take
         summed = [sum(map(at_least_float32, parts)) for parts in zip(pulls[0][0], pulls[1][0], below, strict=True)]
+        above = {place[k] for k in stages.read_above}
         stability: dict[int, Array] = {}
         response: list[Any] = [0.0] * len(blocks.names)
         stratum: list[Any] = [0.0] * len(blocks.names)
@@ -119,7 +120,7 @@ def pull_fast(
             x, dp, ds = taps_p[k].x, taps_p[k].dy, taps_s[k].dy
             block = blocks.of_leaf[k]
             if block is None:
-                if k in {place[i] for i in stages.read_above if place[i] is not None}:
+                if k in above:
                     summed[k] = _kernel_gradient(x, dp + ds)
                 continue
             (p, s), r, q = _split_products(k, x, dp, ds, group_size, layout, axes)

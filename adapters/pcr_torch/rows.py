@@ -57,7 +57,7 @@ def _factors(p: Tensor, s: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     alike = torch.linalg.vector_norm(rest, dim=1) <= tolerance * torch.linalg.vector_norm(s, dim=1)
     factor = (cosine * (s_scale / p_scale)).squeeze(1)
     # what the first stream carried down has all its digits, and the second's will have them
-    whole = (p_scale.squeeze(1) > _SMALL) & (factor.abs() > _SMALL) | (factor == 0)
+    whole = (p_scale.squeeze(1) > _SMALL) & (factor.abs() > _SMALL) | (cosine.squeeze(1) == 0)
     return factor, alike & whole & torch.isfinite(factor)
 
 

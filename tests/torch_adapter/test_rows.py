@@ -73,6 +73,7 @@ def test_a_stream_too_small_to_carry_digits_is_not_taken() -> None:
     p, s, _ = streams()
     assert not row_factors(1e-30 * p, s)[1].any()
     assert not row_factors(p, 1e-30 * s)[1].any()
+    assert not row_factors(1e12 * p, 1e-36 * s)[1].any()  # their quotient is 0 in float32
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
