@@ -19,7 +19,7 @@ from torch.func import functional_call, vjp, vmap
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import pcr_core
-from measure import Way, compare, show
+from measure import Way, compare, keep_freed_memory, show
 from pcr_torch import PCR
 
 LAYERS, HIDDEN, MLP = 8, 512, 1536
@@ -230,12 +230,15 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--amortised", action="store_true", help="four updates with every=4 in place of the table")
     parser.add_argument("--only", nargs="*", help="ways whose name contains one of these, besides vanilla")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="no page faults (glibc)")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
     if args.framework == "jax":
         _in_jax(args)
         return
     torch.set_num_threads(args.threads)
+    if args.keep_freed_memory:
+        keep_freed_memory()
     problem = Problem(args.device, args.responses, args.tokens, args.vocabulary)
     every = amortised_ways(problem) if args.amortised else ways(problem)
     chosen = {name: every[name] for name in _chosen(every, args.only)}

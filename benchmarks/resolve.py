@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor
 
 import pcr_core
-from measure import Row, Way, compare, rows_of, show
+from measure import Row, Way, compare, keep_freed_memory, rows_of, show
 from pcr_core import BlockStatistics
 from pcr_torch.combine import add_combination, gradient_products
 
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=50_000_000)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep-freed-memory", action="store_true", help="no page faults (glibc)")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
     title = f"Resolving two gradients of {args.size:.0e} float32 numbers"
@@ -148,6 +149,8 @@ def main() -> None:
         show(title, in_jax(args.size, args.repeats), "jax", args.json)
         return
     torch.set_num_threads(args.threads)
+    if args.keep_freed_memory:
+        keep_freed_memory()
     p, s = gradients(args.size, args.device, COSINE)
     ways = {
         "copy of d": _copy(p),

@@ -9,18 +9,19 @@ other way round, by how the weight is stored). Two ways, chosen by a count of op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pcr_torch.pullback import PAIRS, inner, wide_dtype
 
 WORKSPACE = 1 << 25
-_TILE = 3 << 16  # elements
-_PART = 1 << 16  # float32 dot products of this length err by some 1e-7
+_TILE = 3 << 16  # elements; float32 dot products of this length err by some 2e-7
 _LANES = 64  # rows of a tile come in such bunches, which matrix products like
+_SAFE = (1e-20, 1e30)  # of the largest response's square: what float32 loses below and above does not count
 _GRAM_COST = 16  # multiply-adds that a pass over one explicit element is worth; measured on a CPU
 
 
@@ -66,6 +67,29 @@ def bias_products(dys: Sequence[Tensor], strata: Sequence[Sequence[int]]) -> Pro
         torch.stack([row_dot(parts[a], parts[b]) for a, b in pairs]),
         torch.stack([row_dot(sums[a], sums[b]) for a, b in pairs]),
     )
+
+
+def in_range(products: Callable[[tuple[Tensor, ...]], Products], dys: tuple[Tensor, ...]) -> Products:
+    """`products(dys)`, of gradients scaled by powers of two where their squares would not stay in float32."""
+    if dys[0].device.type == "cpu":
+        found = products(dys)
+        # an accelerator would have to wait for the answer, and copies are cheap there
+        if all(_SAFE[0] < found.response[k].max() < _SAFE[1] or not dy.any() for k, dy in enumerate(dys)):
+            return found
+    scales = [_scale(dy) for dy in dys]
+    found = products(tuple((dy / scale).to(dy.dtype) for dy, scale in zip(dys, scales, strict=True)))
+    wide = [scale.to(wide_dtype(scale.device)) for scale in scales]
+    factors = torch.stack([wide[a] * wide[b] for a, b in PAIRS[len(dys)]])[:, None]
+    totals = [total.mul_(scale.to(total.dtype)) for total, scale in zip(found.totals, scales, strict=True)]
+    return Products(totals, found.response * factors, found.stratum * factors)
+
+
+def _scale(t: Tensor) -> Tensor:
+    """A power of two next to the largest element; shape ()."""
+    largest = t.abs().amax()
+    usable = torch.isfinite(largest) & (largest > 0)
+    exponent = torch.frexp(torch.where(usable, largest, torch.ones_like(largest)).float())[1]
+    return torch.ldexp(torch.ones((), device=t.device), exponent)
 
 
 def prefers_gram(length: int, features: int, outputs: int, streams: int) -> bool:
@@ -119,28 +143,28 @@ def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[i
     n, height, width = left.shape[0], left.shape[2], right.shape[2]
     step = max(_LANES, _TILE // width // _LANES * _LANES)
     totals = [torch.empty(height, width, dtype=left.dtype) for _ in factors]
-    scratch = torch.empty(2, len(factors), step * width, dtype=left.dtype)
+    scratch = torch.empty(2, len(factors), step, width, dtype=left.dtype)
     columns = [right.unbind() for _, right in factors]
     sums = torch.zeros(n + len(strata), len(pairs), dtype=torch.float64)
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         lefts = [left[:, :, rows].mT.unbind() for left, _ in factors]
-        first = _Held([total[rows] for total in totals])
-        later, one = (_Held([t[: first.size].view(first.shape) for t in half]) for half in scratch)
-        dots: list[Tensor] = []
+        first = [total[rows] for total in totals]
+        later, one = (list(half[:, : len(first[0])].unbind()) for half in scratch)
+        dots: list[float] = []
         for q, members in enumerate(strata):
             into = later if q else first
             for k, i in enumerate(members):
                 held = one if k else into
-                for stream, gradient in enumerate(held.gradients):
+                for stream, gradient in enumerate(held):
                     torch.mm(lefts[stream][i], columns[stream][i], out=gradient)
-                dots += held.dots(pairs)
+                dots += _dots(held, pairs)
                 if k:
-                    _add(into.gradients, one.gradients)
-            dots += into.dots(pairs)
+                    _add(into, one)
+            dots += _dots(into, pairs)
             if q:
-                _add(first.gradients, later.gradients)
-        sums += torch.stack(dots).view(len(sums), len(pairs), -1).double().sum(dim=-1)
+                _add(first, later)
+        sums += torch.tensor(dots, dtype=torch.float64).view(len(sums), len(pairs))
     # in the order of the loop: the responses of a stratum, then the stratum
     places = [i for q, members in enumerate(strata) for i in (*members, n + q)]
     by_row = torch.empty_like(sums)
@@ -148,16 +172,10 @@ def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[i
     return Products(totals, by_row[:n].T, by_row[n:].T)
 
 
-class _Held:
-    """Rows of one gradient per stream, and the parts in which their dot products are taken."""
-
-    def __init__(self, gradients: list[Tensor]) -> None:
-        self.gradients = gradients
-        self.shape, self.size = gradients[0].shape, gradients[0].numel()
-        self._parts = [torch.split(t.view(-1), _PART) for t in gradients]
-
-    def dots(self, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
-        return [torch.dot(p, q) for a, b in pairs for p, q in zip(self._parts[a], self._parts[b])]
+def _dots(gradients: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> list[float]:
+    flat = [gradient.view(-1).numpy() for gradient in gradients]
+    with np.errstate(all="ignore"):  # what is not finite stays so, and is seen by whoever resolves
+        return [np.dot(flat[a], flat[b]) for a, b in pairs]
 
 
 def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]], workspace: int) -> Products:
@@ -183,6 +201,5 @@ def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence
 
 
 def _add(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    for total, part in zip(totals, parts, strict=True):
-        total.add_(part)
+    torch._foreach_add_(totals, list(parts))
     return totals

@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 
 from pcr_torch.distributed import kept_whole, local, reduce_scatter
 from pcr_torch.probe import install, layout, remove
-from pcr_torch.products import WORKSPACE, bias_products, matrix_gradient, weight_products
+from pcr_torch.products import WORKSPACE, Products, bias_products, in_range, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, total_dtype, wide_dtype
-from pcr_torch.rows import input_gradient
-from pcr_torch.segments import Cuts, layers_of, lies_on_top, segments
+from pcr_torch.rows import Multiples
+from pcr_torch.segments import Segment, back, lies_on_top, segments, whole
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class Recorder:
         self._seen: set[tuple[str, str]] = set()
         self._tied: set[int] = set()  # weights that layers of several segments share
         # FSDP schedules its gathering by whole backward passes
-        sharded = any(isinstance(p, DTensor) for p in parameters.values())
-        self._cuts = Cuts(*(([], None) if sharded else layers_of(model, list(parameters))))
+        self._sharded = any(isinstance(p, DTensor) for p in parameters.values())
         self._modules: dict[str, nn.Module] = {}
         # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
         self._members: dict[str, dict[str, str]] = {}
@@ -74,10 +73,8 @@ class Recorder:
     def install(self) -> None:
         for path, module in self._modules.items():
             install(module, self, path)
-        self._cuts.install()
 
     def remove(self) -> None:
-        self._cuts.remove()
         for module in self._modules.values():
             remove(module)
 
@@ -106,25 +103,28 @@ class Recorder:
             self._tied.clear()
             del self._pulled
 
-    def _through(self, logp: Tensor, gradients: Sequence[Tensor]) -> None:
+    def _through(self, logp: Tensor, cotangents: Sequence[Tensor]) -> None:
         """The streams' backward passes, segment by segment; as one below the last segment with blocks."""
-        chain = segments(logp, self._cuts)
+        chain = whole() if self._sharded else segments(logp)
         held = [segment.leaves | segment.probed for segment in chain]
         ours = {id(parameter) for parameter in self._parameters.values()}
         # blocks that are not seen may hide in a node that keeps its graph to itself, as reentrant checkpointing does
         hidden = not ours <= frozenset().union(*held)
         for k, segment in enumerate(chain):
             self._tied |= segment.probed & frozenset().union(*held[k + 1 :])
+        streams = [[cotangent] for cotangent in cotangents]
         for k, segment in enumerate(chain):
-            if not hidden and not any(ours & each for each in held[k:]):
-                gradients = [sum(gradients[1:], start=gradients[0])]
-            arrived = []
-            for stream, gradient in enumerate(gradients):
-                last = stream == len(gradients) - 1
+            below = not hidden and not any(ours & each for each in held[k:])
+            if below:
+                segment = Segment(segment.roots, None)
+                streams = [[sum(each[1:], start=each[0]) for each in zip(*streams, strict=True)]]
+            for stream, gradients in enumerate(streams):
+                last = stream == len(streams) - 1
                 self._pass = "measure" if last else "keep"
                 with nullcontext() if last else kept_whole(self._model):
-                    arrived.append(self._cuts.back(segment, logp, gradient, keep=not last))
-            gradients = [gradient for gradient in arrived if gradient is not None]
+                    streams[stream] = back(segment, logp, gradients, keep=not last)
+            if below:
+                return
 
     def _refuse_bypass(self, before: dict[str, tuple[int, int] | None]) -> None:
         for name, parameter in self._parameters.items():
@@ -158,16 +158,19 @@ class Recorder:
             self._kept[path] = _Kept(dy, dx if path in self._top else None)
             return dx, None, None
         kept = None if again else self._kept.pop(path, None)
-        dx = None
-        if wanted[0]:
-            first = None if kept is None or kept.dx is None else (kept.dy, kept.dx)
-            dx = input_gradient(dy, back, first)
+        dys = (dy,) if kept is None else (kept.dy, dy)
+        shared = None
+        if kept is not None and kept.dx is not None:
+            shared = Multiples.of(*dys)
+            dx = shared.input_gradient(back, kept.dx)
+        else:
+            dx = back(dy) if wanted[0] else None
         if members:
             assert x is not None
             with torch.no_grad():
-                self._measure(members, x, (dy,) if kept is None else (kept.dy, dy), transposed)
+                self._measure(members, x, dys, transposed)
         left = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want and name not in members]
-        return dx, *self._outside(path, x, dy if kept is None or not left else dy + kept.dy, left, transposed)
+        return dx, *self._outside(path, x, dys, shared, left, transposed)
 
     def _seen_again(self, path: str) -> bool:
         if self._pass == "off":
@@ -187,9 +190,15 @@ class Recorder:
             )
 
     def _outside(
-        self, path: str, x: Tensor | None, dy: Tensor, left: Collection[str], transposed: bool
+        self,
+        path: str,
+        x: Tensor | None,
+        dys: tuple[Tensor, ...],
+        shared: Multiples | None,
+        left: Collection[str],
+        transposed: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of a layer's weight and bias, those of them that are `left` to autograd."""
+        """Gradients of a layer's weight and bias, of both streams together; those that are `left` to autograd."""
         found: list[Tensor | None] = []
         for attribute in ("weight", "bias"):
             if attribute not in left:
@@ -197,9 +206,13 @@ class Recorder:
                 continue
             assert x is not None
             if attribute == "weight":
-                gradient = matrix_gradient(x, dy, transposed=transposed)
+                if shared is None:
+                    gradient = matrix_gradient(x, sum(dys[1:], start=dys[0]), transposed=transposed)
+                else:
+                    gradient = shared.weight_gradient(x, transposed=transposed)
             else:
-                gradient = dy.sum(dim=tuple(range(dy.ndim - 1)))
+                parts = [dy.sum(dim=tuple(range(dy.ndim - 1))) for dy in dys]
+                gradient = sum(parts[1:], start=parts[0])
             parameter = cast(Tensor, getattr(self._modules[path], attribute))
             if self._pass != "off" and id(parameter) in self._tied:
                 # autograd would wait for the parameter's use in a lower segment, which this pass does not come to
@@ -211,39 +224,20 @@ class Recorder:
         return found[0], found[1]
 
     def _measure(self, members: Mapping[str, str], x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> None:
-        scaled = [_unit_scale(dy) for dy in dys]
-        dys, scales = tuple(dy for dy, _ in scaled), [scale for _, scale in scaled]
-        factors = torch.stack([scales[a] * scales[b] for a, b in PAIRS[len(dys)]])[:, None]
         for attribute, name in members.items():
+
+            def products(dys: tuple[Tensor, ...], attribute: str = attribute) -> Products:
+                if attribute == "bias":
+                    return bias_products(dys, self._strata)
+                return weight_products(x, dys, self._strata, transposed=transposed, workspace=self._workspace)
+
             parameter = self._parameters[name]
-            products = (
-                bias_products(dys, self._strata)
-                if attribute == "bias"
-                else weight_products(x, dys, self._strata, transposed=transposed, workspace=self._workspace)
-            )
-            self._pulled.response[:, :, self._index[name]] = products.response * factors
-            self._pulled.stratum[:, :, self._index[name]] = products.stratum * factors
-            for total, part, scale in zip(self._pulled.totals, products.totals, scales, strict=True):
-                part = part.to(total_dtype(parameter))
-                whole = part if scale.device.type == "cpu" and scale == 1 else part.mul_(scale.to(part.dtype))
-                total[name] = reduce_scatter(whole, parameter)
+            found = in_range(products, dys)
+            self._pulled.response[:, :, self._index[name]] = found.response
+            self._pulled.stratum[:, :, self._index[name]] = found.stratum
+            for total, part in zip(self._pulled.totals, found.totals, strict=True):
+                total[name] = reduce_scatter(part.to(total_dtype(parameter)), parameter)
 
 
 def _version(grad: Tensor | None) -> tuple[int, int] | None:
     return None if grad is None else (id(grad), local(grad)._version)
-
-
-_SAFE = (1e-12, 1e12)
-
-
-def _unit_scale(t: Tensor) -> tuple[Tensor, Tensor]:
-    """t over a power of two, and that power, so that squares of tiny or huge gradients stay in float32."""
-    if t.device.type == "cpu":
-        low, high = torch.aminmax(t)
-        if _SAFE[0] < max(-low.item(), high.item()) < _SAFE[1]:  # nearly always, and saves a copy
-            return t, torch.ones((), dtype=torch.float64)
-    largest = t.abs().amax()
-    usable = torch.isfinite(largest) & (largest > 0)
-    exponent = torch.frexp(torch.where(usable, largest, torch.ones_like(largest)).float())[1]
-    scale = torch.ldexp(torch.ones((), device=t.device), exponent)
-    return (t / scale).to(t.dtype), scale.to(wide_dtype(t.device))

@@ -123,9 +123,8 @@ def test_statistics_and_update_equal_the_dense_method(norms: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
 @pytest.mark.parametrize("way", [_gram, _tiled, _batched])
 def test_three_ways_to_products(way: Any, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_LANES", 16)  # tiles, parts and chunks that do not divide the sizes
+    monkeypatch.setattr(products, "_LANES", 16)  # tiles and chunks that do not divide the sizes
     monkeypatch.setattr(products, "_TILE", 600)
-    monkeypatch.setattr(products, "_PART", 299)
     generator = torch.Generator().manual_seed(0)
     x, dy, dz = (torch.randn(5, 7, k, generator=generator) for k in (40, 50, 50))
     strata = [[0, 3], [1, 2, 4]]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from problems import batch, tiny_model
 from test_pullback import assert_gradients_close, assert_statistics_close, pull
 from torch import Tensor, nn
 
+from pcr_torch.products import matrix_gradient
 from pcr_torch.recorder import Recorder
-from pcr_torch.rows import input_gradient, row_factors
+from pcr_torch.rows import Multiples, row_factors
 
 
 class Back:
@@ -35,7 +38,9 @@ def streams(scale: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Ten
 def test_multiples_take_no_product(scale: float) -> None:
     p, s, weight = streams(scale)
     back = Back(weight)
-    torch.testing.assert_close(input_gradient(s, back, (p, p @ weight)), s @ weight, rtol=2e-6, atol=2e-6 * scale)
+    torch.testing.assert_close(
+        Multiples.of(p, s).input_gradient(back, p @ weight), s @ weight, rtol=2e-6, atol=2e-6 * scale
+    )
     assert back.rows == 0
 
 
@@ -45,7 +50,7 @@ def test_rows_that_differ_take_their_own() -> None:
     s[1, 7, 3] += 1e-4
     s[2, 1] = 0
     back = Back(weight)
-    torch.testing.assert_close(input_gradient(s, back, (p, p @ weight)), s @ weight, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(Multiples.of(p, s).input_gradient(back, p @ weight), s @ weight, rtol=2e-6, atol=2e-6)
     assert back.rows == 6
 
 
@@ -53,8 +58,19 @@ def test_nothing_alike_is_one_ordinary_product() -> None:
     p, s, weight = streams()
     s = torch.randn_like(s)
     back = Back(weight)
-    assert torch.equal(input_gradient(s, back, (p, p @ weight)), s @ weight)
+    assert torch.equal(Multiples.of(p, s).input_gradient(back, p @ weight), s @ weight)
     assert back.rows == s[..., 0].numel()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("clipped", [0, 5, 35])
+def test_the_sum_of_both_streams_is_not_formed_for_the_weight(clipped: int, transposed: bool) -> None:
+    p, s, _ = streams()
+    p[0, :clipped] = 0
+    p[1, :clipped] = 0
+    x = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(1))
+    found = Multiples.of(p, s).weight_gradient(x, transposed=transposed)
+    torch.testing.assert_close(found, matrix_gradient(x, p + s, transposed=transposed), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -65,7 +81,7 @@ def test_non_finite_rows_are_never_multiples(value: float, stream: int) -> None:
     _, alike = row_factors(p, s)
     assert not alike[42]
     assert int(alike.sum()) == len(alike) - 1
-    out = input_gradient(s, Back(weight), (p, p @ weight))
+    out = Multiples.of(p, s).input_gradient(Back(weight), p @ weight)
     assert torch.equal(torch.isfinite(out), torch.isfinite(s @ weight))
 
 
@@ -82,12 +98,13 @@ def test_above_the_last_attention_the_second_stream_takes_no_products(
 ) -> None:
     shared: dict[int, int] = {}
 
-    def counted(dy: Tensor, back: object, first: tuple[Tensor, Tensor] | None) -> Tensor:
-        if first is not None:
-            shared[dy.shape[-1]] = shared.get(dy.shape[-1], 0) + int(row_factors(first[0], dy)[1].sum())
-        return input_gradient(dy, back, first)  # type: ignore[arg-type]
+    class Counted(Multiples):
+        def input_gradient(self, back: Any, carried: Tensor) -> Tensor:
+            width = self.second.shape[-1]
+            shared[width] = shared.get(width, 0) + int(self.alike.sum())
+            return super().input_gradient(back, carried)
 
-    monkeypatch.setattr("pcr_torch.recorder.input_gradient", counted)
+    monkeypatch.setattr("pcr_torch.recorder.Multiples", Counted)
     data = batch()
     pull(tiny_model(architecture), data, "fast")
     assert shared[31] > 0.7 * data.tokens.numel()  # the head; clipped tokens are missing

@@ -18,22 +18,17 @@ from pcr_torch.recorder import Recorder
 from pcr_torch.segments import segments
 
 
-def chain_length(model: nn.Module, blocks: str = "mlp") -> int:
-    method = PCR(model, blocks=blocks, norms="fast")
-    assert method._recorder is not None
-    logp = batch().logp(model)
-    length = len(segments(logp, method._recorder._cuts))
-    method.remove()
-    return length
-
-
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-def test_a_segment_a_layer_and_one_at_either_end(architecture: str) -> None:
-    assert chain_length(tiny_model(architecture)) == 4
-
-
-def test_no_cut_below_the_lowest_block() -> None:
-    assert chain_length(tiny_model("llama"), r"layers\.1\.mlp") == 3
+def test_segments_end_at_the_residual_stream(architecture: str) -> None:
+    model = tiny_model(architecture)
+    method = PCR(model, norms="fast")
+    chain = segments(batch().logp(model))
+    method.remove()
+    ends = [segment.last.name() for segment in chain if segment.last is not None]
+    assert len(ends) >= 2 * len(model.get_submodule("model.layers" if architecture != "gpt2" else "transformer.h"))
+    assert all("Add" in name for name in ends[1:])  # the first is the head's
+    held = [segment.leaves | segment.probed for segment in chain]
+    assert set().union(*held) == {id(parameter) for parameter in model.parameters()}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
@@ -58,6 +53,7 @@ def test_layers_below_are_visited_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "arrived", counted)
     pull(model, data, "fast", blocks=r"layers\.1\.mlp")
     assert visits.count("model.layers.1.mlp.up_proj") == 2
+    assert visits.count("model.layers.1.self_attn.q_proj") == 1
     assert visits.count("model.layers.0.mlp.up_proj") == 1
 
 
@@ -101,6 +97,34 @@ class Ahead(Skipping):
         return out
 
 
+class Join(torch.autograd.Function):
+    """A sum that says nothing of its second term's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0], None
+
+
+class Joining(Skipping):
+    """Segments that end at sums, whose terms have other shapes, or no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(torch.ones(8) for _ in range(3))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for layer, scale in zip(self.layers, self.scales, strict=True):
+            hidden = torch.tanh(layer(hidden)) + 0.1 * scale
+            hidden = Join.apply(hidden, 2.0 * hidden)  # type: ignore[no-untyped-call]
+        out: Tensor = self.head(hidden)
+        return out
+
+
 def logp_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
@@ -109,6 +133,22 @@ def logp_of(model: nn.Module, tokens: Tensor) -> Tensor:
 def test_what_crosses_the_layers_is_seen(kind: type[Skipping]) -> None:
     torch.manual_seed(0)
     model = kind()
+    logp = logp_of(model, torch.randint(31, (6, 5)))
+    blocks = {id(layer.weight) for layer in model.layers}
+    assert sum(bool(blocks & (segment.leaves | segment.probed)) for segment in segments(logp)) <= 1
+    assert_fast_equals_loop(model)
+
+
+def test_segments_that_end_in_several_shapes_or_without_a_gradient() -> None:
+    torch.manual_seed(0)
+    model = Joining()
+    method = PCR(model, blocks=r"layers\.\d.weight", norms="fast")
+    assert len(segments(logp_of(model, torch.randint(31, (6, 5))))) > 3
+    method.remove()
+    assert_fast_equals_loop(model)
+
+
+def assert_fast_equals_loop(model: nn.Module) -> None:
     tokens = torch.randint(31, (6, 5))
     ids = torch.tensor([0, 0, 0, 1, 1, 1])
     cotangents = torch.randn(2, 6, 4)
@@ -117,8 +157,6 @@ def test_what_crosses_the_layers_is_seen(kind: type[Skipping]) -> None:
         model.zero_grad()
         method = PCR(model, blocks=r"layers\.\d.weight", norms=norms)  # type: ignore[arg-type]
         logp = logp_of(model, tokens)
-        if method._recorder is not None:
-            assert len(segments(logp, method._recorder._cuts)) == 1
         method.accumulate_cotangents(logp, cotangents[0], cotangents[1], group_ids=ids)
         report = method.resolve()
         method.remove()
