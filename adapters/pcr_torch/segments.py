@@ -6,8 +6,8 @@ backward pass; and below the lowest segment with blocks the streams go on as one
 
 A segment ends at a node that all of the graph above runs through: in a transformer the sums of the residual stream,
 before and after attention. They are found by going over the graph in autograd's order: when a node is taken while no
-other waits, all that is above it has been. Where there are none (a skip connection around layers, several devices), each
-backward pass is over the whole graph.
+other waits, all that is above it has been. Where there are none (a skip connection around layers, several devices),
+each backward pass is over the whole graph.
 """
 
 from __future__ import annotations
