@@ -11,6 +11,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch.func import functional_call, vjp, vmap
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import pcr_core
+import peers
 from measure import Way, compare, keep_freed_memory, show
 from pcr_torch import PCR
 
@@ -239,8 +241,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.keep_freed_memory:
         keep_freed_memory()
-    problem = Problem(args.device, args.responses, args.tokens, args.vocabulary)
-    every = amortised_ways(problem) if args.amortised else ways(problem)
+    make = partial(Problem, args.device, args.responses, args.tokens, args.vocabulary)
+    problem = make()
+    every = amortised_ways(problem) if args.amortised else ways(problem) | peers.ways(make)
     chosen = {name: every[name] for name in _chosen(every, args.only)}
     held = sum(leaf.numel() * leaf.element_size() for leaf in problem.parameters.values())
     rows = compare(chosen, repeats=args.repeats, device=args.device, held=held)
