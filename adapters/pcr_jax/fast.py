@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from pcr_jax.blocks import Blocks
 from pcr_jax.dense import Probe, open_taps
-from pcr_jax.products import at_least_float32, three
+from pcr_jax.products import at_least_float32, in_one_piece, three
 from pcr_jax.pullback import Cotangents, LogpFn, Pulled, add, both_cotangents, finish, zeros_like
 from pcr_jax.sharding import Axes, Layout
 from pcr_jax.stages import split
@@ -144,13 +144,13 @@ def _split_products(
 ) -> tuple[tuple[Array, Array], Array, Array]:
     """`kernel_products` of a kernel that is split over mesh axes: the products as (shards, ...) terms of a sum."""
     if layout is None or not axes:
-        return kernel_products(x, dp, ds, group_size)
+        return kernel_products(x, dp, ds, group_size, whole=in_one_piece(layout))
     rows, columns = (*layout.spec(leaf, axes), None, None)[:2]
     leading = [None] * (x.ndim - 1)
     inputs, outputs = PartitionSpec(*leading, rows), PartitionSpec(*leading, columns)
 
     def part(x: Array, dp: Array, ds: Array) -> Any:
-        totals, *products = kernel_products(x, dp, ds, group_size)
+        totals, *products = kernel_products(x, dp, ds, group_size, whole=True)
         return totals, *(layout.once(leaf, t, axes)[None] for t in products)
 
     split = (PartitionSpec(rows, columns),) * 2, PartitionSpec(axes), PartitionSpec(axes)
@@ -165,13 +165,16 @@ def _kernel_gradient(x: Array, dy: Array) -> Array:
     return jnp.matmul(rows.T, outputs, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
-def kernel_products(x: Array, dp: Array, ds: Array, group_size: int) -> tuple[tuple[Array, Array], Array, Array]:
+def kernel_products(
+    x: Array, dp: Array, ds: Array, group_size: int, *, whole: bool
+) -> tuple[tuple[Array, Array], Array, Array]:
     """Both totals of a kernel's gradient, with inner products of its per-response and per-group parts.
 
     Args:
         x: (n, ..., in).
         dp, ds: (n, ..., out) the two streams' gradients of the output.
         group_size: responses next to each other that form a group.
+        whole: whether the arrays are in one piece, see `products.in_one_piece`.
 
     Returns:
         ((in, out), (in, out)), (n, 3) and (n / group_size, 3), the products being p.p, s.s, p.s.
@@ -183,11 +186,11 @@ def kernel_products(x: Array, dp: Array, ds: Array, group_size: int) -> tuple[tu
     def one_response(sums: Any, row: Any) -> Any:
         x, *dys = row
         p, s = (at_least_float32(jnp.matmul(x.T, dy, preferred_element_type=accumulate)) for dy in dys)
-        return add(sums, (p, s)), three(p, s)
+        return add(sums, (p, s)), three(p, s, whole=whole)
 
     def one_group(totals: Any, rows: Any) -> Any:
         sums, products = jax.lax.scan(one_response, nothing, rows)
-        return add(totals, sums), (products, three(*sums))
+        return add(totals, sums), (products, three(*sums, whole=whole))
 
     totals, (response, stratum) = jax.lax.scan(one_group, nothing, tuple(rows))
     return totals, response.reshape(-1, 3), stratum

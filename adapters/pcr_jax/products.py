@@ -1,4 +1,9 @@
-"""Inner products of gradients: float64 where x64 is on, else float32 in short parts, to 1e-7 of |a||b|."""
+"""Inner products of gradients: float64 where x64 is on, else float32 in many partial sums, to 1e-7 of |a||b|.
+
+How XLA orders a sum is its own affair, so the partial sums are spelled out: one for each of many lanes in a loop that
+reads both gradients once; or, for arrays that the partitioner may have split over devices, parts of the last axis, which
+leave a sharding as it is.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,8 @@ from pcr_jax.blocks import Blocks
 from pcr_jax.sharding import Axes, Layout
 
 _PART = 128
+_LANES = 1 << 14  # with 4 turns of the loop at once, what a core's cache holds
+_UNROLL = 4
 
 
 def wide_dtype() -> Any:
@@ -53,9 +60,29 @@ inner = jax.jit(_inner)
 """a.b over all elements of two arrays of one shape; shape (), the wide dtype."""
 
 
-def three(p: Array, s: Array) -> Array:
-    """(3,) p.p, s.s and p.s."""
-    return jnp.stack([inner(p, p), inner(s, s), inner(p, s)])
+def in_one_piece(layout: Layout | None) -> bool:
+    """Whether arrays lie on one device as they are: there is but one, or a layout says how they are split."""
+    return layout is not None or jax.device_count() == 1
+
+
+def three(p: Array, s: Array, *, whole: bool) -> Array:
+    """(3,) p.p, s.s and p.s; `whole`: of arrays that are in one piece."""
+    turns = p.size // _LANES
+    if not whole or turns < _UNROLL:
+        return jnp.stack([inner(p, p), inner(s, s), inner(p, s)])
+    wide = wide_dtype()
+    p, s = p.reshape(-1), s.reshape(-1)
+
+    def one_turn(sums: tuple[Array, ...], k: Array) -> tuple[tuple[Array, ...], None]:
+        a, b = (jax.lax.dynamic_slice(x, (k * _LANES,), (_LANES,)).astype(wide) for x in (p, s))
+        return tuple(total + new for total, new in zip(sums, (a * a, b * b, a * b), strict=True)), None
+
+    nothing = (jnp.zeros(_LANES, wide),) * 3
+    # index arithmetic must not overflow int32: JAX has no larger arrays without x64 either
+    lanes, _ = jax.lax.scan(one_turn, nothing, jnp.arange(turns), unroll=_UNROLL)
+    ones, rest = jnp.ones(_LANES, wide), (x[turns * _LANES :] for x in (p, s))
+    a, b = rest
+    return jnp.stack([inner(x, ones) for x in lanes]) + jnp.stack([inner(a, a), inner(b, b), inner(a, b)])
 
 
 def block_products(
@@ -78,7 +105,7 @@ def block_products(
         for k, p, s in zip(leaves, plasticity, stability, strict=True):
             block = blocks.of_leaf[k]
             assert block is not None
-            products = three(p, s)
+            products = three(p, s, whole=in_one_piece(layout))
             sums[block] = sums[block] + (products if layout is None else layout.once(k, products, used))
         stacked = jnp.stack(sums, axis=1)
         return jax.lax.psum(stacked, used) if used else stacked

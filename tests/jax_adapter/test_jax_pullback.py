@@ -109,13 +109,14 @@ def test_bfloat16_parameters_are_summed_in_float32() -> None:
         assert relative(x, y) <= 0.05
 
 
-def test_realistic_sizes() -> None:
+@pytest.mark.parametrize("whole", [True, False], ids=["lanes", "parts"])
+def test_realistic_sizes(whole: bool) -> None:
     """512 x 1536 and 16 responses of 128 tokens: jit, eager, and float64 in NumPy."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((16, 128, 512)).astype("float32")
     dp, ds = (rng.standard_normal((16, 128, 1536)).astype("float32") for _ in range(2))
-    eager = kernel_products(jnp.asarray(x), jnp.asarray(dp), jnp.asarray(ds), 8)
-    jitted = jax.jit(kernel_products, static_argnums=3)(x, dp, ds, 8)
+    eager = kernel_products(jnp.asarray(x), jnp.asarray(dp), jnp.asarray(ds), 8, whole=whole)
+    jitted = jax.jit(kernel_products, static_argnums=3, static_argnames="whole")(x, dp, ds, 8, whole=whole)
     for rows in ([0], [5], list(range(8, 16))):
         g, h = (sum(x[i].astype("float64").T @ d[i].astype("float64") for i in rows) for d in (dp, ds))
         expected = np.asarray([(g * g).sum(), (h * h).sum(), (g * h).sum()])
