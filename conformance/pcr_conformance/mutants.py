@@ -210,7 +210,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("no Bessel factor", _S, "statistics", _without_bessel),
     Mutant("variance pooled over groups", _S, "statistics", lambda c: honest(c, strata="batch")),
     Mutant(
-        "variance of the mean, not of the total", _S, "statistics", lambda c: _scaled(c, lambda c, s: 1 / len(c.group_ids))
+        "variance of the mean, not of the total",
+        _S,
+        "statistics",
+        lambda c: _scaled(c, lambda c, s: 1 / len(c.group_ids)),
     ),
     Mutant("variance times n", _S, "statistics", lambda c: _scaled(c, lambda c, s: len(c.group_ids))),
     Mutant("variance per coordinate", _S, "statistics", lambda c: _scaled(c, lambda c, s: 1 / s.size)),
@@ -231,32 +234,61 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("batch's Bessel for each stratum", "strata_add_up", "statistics", lambda c: _scaled(c, _batch_bessel)),
     Mutant("alpha swapped", _W, "weights", _swap),
     Mutant("alpha swapped (monotone)", "alpha_is_a_fraction", "weights", _swap),
-    Mutant("sign of the conflict test", "no_conflict_is_the_plain_sum", "weights", lambda s, r: r(replace(s, dot=-s.dot))),
+    Mutant(
+        "sign of the conflict test", "no_conflict_is_the_plain_sum", "weights", lambda s, r: r(replace(s, dot=-s.dot))
+    ),
     Mutant("unnormalised projection", _W, "weights", _boost(lambda b, s, r: 1 + (b - 1) * s.stability_sq)),
     Mutant("literal for anchored", _W, "weights", _option(update="literal")),
     Mutant("anchored for literal", "no_conflict_is_the_plain_sum", "weights", _option(update="anchored")),
     Mutant("no cap", "boost_is_capped", "weights", _option(max_boost=np.inf)),
-    Mutant("cap on b, not on b - 1", "boost_is_capped", "weights", _boost(lambda b, s, r: np.minimum(b, r.max_boost))),
+    Mutant(
+        "cap on b, not on b - 1",
+        "boost_is_capped",
+        "weights",
+        _boost(lambda b, s, r: np.minimum(b, getattr(r, "max_boost", np.inf))),
+    ),
     Mutant("unclipped shrinkage gain", _W, "weights", _unclipped_gain),
     Mutant("prior ignored", _W, "weights", _option(prior=pcr.FlatPrior(), conflict="raw")),
     Mutant("wrong tail of the gate", _W, "weights", _wrong_tail),
     Mutant("gate ignored", _W, "weights", _option(gate="sign")),
     Mutant("alpha always 1/2", _W, "weights", _option(alpha=0.5)),
     Mutant("alpha always 1", "conflict_keeps_its_fraction", "weights", lambda s, r: _half_reported(s, r)),
-    Mutant("projects without conflict", "no_conflict_is_the_plain_sum", "weights", lambda s, r: r(replace(s, dot=-abs(s.dot)))),
+    Mutant(
+        "projects without conflict",
+        "no_conflict_is_the_plain_sum",
+        "weights",
+        lambda s, r: r(replace(s, dot=-abs(s.dot))),
+    ),
     Mutant("projection too long", "projection_never_lengthens", "weights", _boost(lambda b, s, r: 3 * b)),
     Mutant("MGDA unclipped", _W, "weights", _mgda_unclipped),
     Mutant("PCGrad one-sided", _W, "weights", lambda s, r: (pcr.HardProjection() if r == pcr.PCGrad() else r)(s)),
     Mutant("finite flag always set", "overflow_is_flagged", "weights", lambda s, r: replace(r(s), finite=s.size > 0)),
-    Mutant("boost in absolute units", "scale_goes_through", "weights", _boost(lambda b, s, r: b + 1e-3 * s.plasticity_sq)),
+    Mutant(
+        "boost in absolute units", "scale_goes_through", "weights", _boost(lambda b, s, r: b + 1e-3 * s.plasticity_sq)
+    ),
     Mutant("a and b swapped", _C, "combine", lambda w, p, s, n: combined(w, s, p, n)),
     Mutant("mean over responses", _C, "combine", lambda w, p, s, n: combined(w, p, s, n) / len(p)),
     Mutant("first block's weights for all", _C, "combine", lambda w, p, s, n: _first(w, p, s, n)),
     Mutant("absolute update", "rotation_goes_through", "combine", lambda w, p, s, n: np.abs(combined(w, p, s, n))),
-    Mutant("last response counts twice", "order_does_not_matter", "combine", lambda w, p, s, n: combined(w, p, s, n) + p[-1]),
-    Mutant("half precision out", "dtype_and_device_come_back", "combine", lambda w, p, s, n: combined(w, p, s, n).astype(np.float32)),
+    Mutant(
+        "last response counts twice",
+        "order_does_not_matter",
+        "combine",
+        lambda w, p, s, n: combined(w, p, s, n) + p[-1],
+    ),
+    Mutant(
+        "half precision out",
+        "dtype_and_device_come_back",
+        "combine",
+        lambda w, p, s, n: combined(w, p, s, n).astype(np.float32),
+    ),
     Mutant("NaN spreads to other blocks", "non_finite_is_never_hidden", "combine", _contaminating),
-    Mutant("compiled drops digits", "compiled_equals_eager", "compile", lambda w, p, s, n: combined(w, p, s, n) * (1 + 1e-5)),
+    Mutant(
+        "compiled drops digits",
+        "compiled_equals_eager",
+        "compile",
+        lambda w, p, s, n: combined(w, p, s, n) * (1 + 1e-5),
+    ),
     Mutant("clip direction for negative advantages", _O, "objective", _other_clip),
     Mutant("k1 for k3", _O, "objective", _objective(_k1)),
     Mutant("beta twice", _O, "objective", _asked(lambda c: replace(c, beta=c.beta**2))),
@@ -264,10 +296,20 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("no clip", _O, "objective", _asked(lambda c: replace(c, clip=(0.999, 1e9)))),
     Mutant("token ratios for sequence ratios", _O, "objective", _asked(lambda c: replace(c, importance="token"))),
     Mutant("normalisation ignored", _O, "objective", _asked(lambda c: replace(c, normalization="grpo"))),
-    Mutant("mask dropped", "masked_entries_have_no_say", "objective", _asked(lambda c: replace(c, mask=np.ones_like(c.mask)))),
+    Mutant(
+        "mask dropped",
+        "masked_entries_have_no_say",
+        "objective",
+        _asked(lambda c: replace(c, mask=np.ones_like(c.mask))),
+    ),
     Mutant("reference swapped with policy", _O, "objective", _asked(lambda c: replace(c, logp_ref=c.logp_old))),
-    Mutant("cotangent of the wrong sign", "cotangents_equal_autodiff", "autodiff", lambda o: (-o.plasticity_cotangent, o.stability_cotangent)),
-)  # fmt: skip
+    Mutant(
+        "cotangent of the wrong sign",
+        "cotangents_equal_autodiff",
+        "autodiff",
+        lambda o: (-o.plasticity_cotangent, o.stability_cotangent),
+    ),
+)
 
 
 def _dropped(x: Any) -> Any:
@@ -282,7 +324,7 @@ def _mapped(case: Case, name: str, change: Callable[[Any], Any]) -> Stats:
 def _averaged(case: Case) -> Stats:
     """Mean over coordinates in place of the sum."""
     stats = honest(case)
-    return BlockStatistics(*(x / stats.size for x in list(vars(stats).values())[:-1]), size=stats.size)
+    return replace(stats, **{name: x / stats.size for name, x in vars(stats).items() if name != "size"})
 
 
 def _batch_bessel(case: Case, stats: Stats) -> float:

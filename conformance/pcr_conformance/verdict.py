@@ -125,9 +125,7 @@ def judge(law: Law, adapter: Adapter, examples: int, seed: int, xfails: Sequence
     return Verdict(*common, outcome, count, time.perf_counter() - began, dict(worst.ratios), message)
 
 
-def judge_all(
-    adapters: Sequence[Adapter], examples: int, seed: int, xfails: Sequence[Xfail] = ()
-) -> Iterator[Verdict]:
+def judge_all(adapters: Sequence[Adapter], examples: int, seed: int, xfails: Sequence[Xfail] = ()) -> Iterator[Verdict]:
     """Every law on every adapter, whatever fails on the way."""
     check_matched(xfails, adapters)
     for adapter in adapters:

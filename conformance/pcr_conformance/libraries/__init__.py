@@ -40,7 +40,7 @@ def missing(name: str) -> str | None:
         if jax.device_count() < 4:
             return "needs 4 devices: on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=4"
     if name == "cupy":
-        import cupy  # type: ignore[import-not-found]
+        import cupy
 
         if not cupy.is_available():
             return "cupy finds no GPU"

@@ -17,7 +17,7 @@ from pcr_core import BlockStatistics, Rule, Weights
 class TorchAdapter(DenseAdapter):
     """PyTorch; `backend` None is eager, else a backend of torch.compile(fullgraph=True)."""
 
-    dtypes = ("float64", "float32", "bfloat16", "float16")
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
     capabilities = frozenset({"objective", "grad"})
 
     def __init__(self, backend: str | None = None, device: str = "cpu") -> None:
