@@ -53,6 +53,8 @@ class Law:
 def _case(data: st.DataObject, adapter: Adapter, dtype: str, **options: Any) -> Case:
     # JAX compiles every operation for each new shape, eager or not
     few = SHAPES[1:2] if adapter.compiled else SHAPES[:2] if "jax" in adapter.name else SHAPES
+    if "sharded" in adapter.capabilities:
+        few = SHAPES[2:3]  # the one that splits evenly over 2, 4, 8 or 16 devices
     options.setdefault("shapes", few)
     if dtype == "float16":  # one huge response is beyond its range
         options["regimes"] = tuple(r for r in options.get("regimes", REGIMES) if "huge" not in r)
