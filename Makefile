@@ -10,7 +10,8 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PINS := pyproject.toml .ci/constraints.txt .ci/without-dependencies.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit lowest clean
+EXAMPLES ?= 2000
+.PHONY: help demo test lint unit lowest conformance clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,7 +28,15 @@ lint: $(VENV)/.dev ## ruff and mypy --strict
 
 unit: $(VENV)/.dev ## doctests and tests; SLOW=1 adds the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --doctest-modules \
+		--ignore conformance/pcr_conformance/test_laws.py \
 		$(if $(SLOW),,-m "not slow") pcr_core adapters conformance tests
+
+conformance: $(VENV)/.dev ## every law on all of our adapters with EXAMPLES cases each; report in runs/conformance
+	OMP_NUM_THREADS=1 XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/pcr-conformance run \
+		--adapter numpy --adapter array-api-strict --adapter torch --adapter torch-compile --adapter torch-compile-aot \
+		--adapter torch-in-place --adapter jax --adapter jax-jit --adapter jax-x32 --adapter jax-x32-jit \
+		--adapter jax-resolve --adapter jax-sharded --examples $(EXAMPLES) --seed $(SEED) \
+		--junit runs/conformance/junit.xml --json runs/conformance/report.json --html runs/conformance/report.html
 
 lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-api-compat it supports, and nothing else
 	$(VENV)-lowest/bin/python -m pytest -q -p no:cacheprovider --doctest-modules pcr_core tests/core -m "not slow"

@@ -5,8 +5,9 @@ A law knows no framework. It hands an adapter a case and a dtype name, and judge
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from pcr_conformance.cases import Case, Floats, ObjectiveCase
 from pcr_core import BlockStatistics, Objective, Rule, Weights
@@ -26,14 +27,25 @@ class Resolved:
     device: str
 
 
+Summation = Literal["sequential", "blocked", "pairwise"]
+Capability = Literal["objective", "grad", "compile", "sharded", "in_place", "float64", "bfloat16"]
+CAPABILITIES: frozenset[str] = frozenset(get_args(Capability))
+
+
 class Adapter(Protocol):
     """An implementation of PCR under check.
+
+    Four methods and a name are needed; `Defaults` supplies the rest, and `dense.DenseAdapter` all of it for an array
+    library that pcr_core itself can run on.
 
     Attributes:
         name: for reports.
         dtypes: names of the input dtypes it takes, widest first.
         accumulator: "float64" or "float32", in which sums are formed.
+        summation: the order in which they are formed, on which the error bounds depend. "sequential" is always safe to
+            declare: it has the widest bound.
         device: where its arrays lie by default.
+        capabilities: what else it can do; selects laws. "float64" and "bfloat16" follow from `dtypes`.
         compiled: whether each new shape or rule costs a compilation (checks then use fewer shapes).
         eager: the same implementation without compilation, to compare with; None where this one is eager.
     """
@@ -45,7 +57,11 @@ class Adapter(Protocol):
     @property
     def accumulator(self) -> str: ...
     @property
+    def summation(self) -> Summation: ...
+    @property
     def device(self) -> str: ...
+    @property
+    def capabilities(self) -> frozenset[str]: ...
     @property
     def compiled(self) -> bool: ...
     @property
@@ -71,6 +87,47 @@ class Adapter(Protocol):
 
     def autodiff(self, case: ObjectiveCase, dtype: str) -> tuple[Floats, Floats] | None:
         """Derivatives of both losses by automatic differentiation; None where the framework has none."""
+
+
+class Defaults:
+    """What an adapter need not write: one dtype, float64 sums in any order, eager, no capability."""
+
+    dtypes: tuple[str, ...] = ("float64",)
+    accumulator = "float64"
+    summation: Summation = "sequential"
+    device = "cpu"
+    capabilities: frozenset[str] = frozenset()
+    compiled = False
+    eager: Any = None
+
+    def objective(self, case: ObjectiveCase, dtype: str) -> Objective[Any]:
+        raise NotImplementedError("this adapter has no objective of its own")
+
+    def autodiff(self, case: ObjectiveCase, dtype: str) -> tuple[Any, Any] | None:
+        return None
+
+
+def capabilities(adapter: Adapter) -> frozenset[str]:
+    """What it declares, and what its dtypes say."""
+    return frozenset(adapter.capabilities) | (frozenset(adapter.dtypes) & CAPABILITIES)
+
+
+def missing_members(adapter: Any) -> list[str]:
+    """What an object lacks of the protocol, each as a line that names the signature to write."""
+    lines = []
+    for name, member in vars(Adapter).items():
+        if name.startswith("_"):
+            continue
+        if inspect.isfunction(member):
+            signature = str(inspect.signature(member)).replace("'", "")
+            if not callable(getattr(adapter, name, None)):
+                lines.append(f"method {name}{signature}")
+        elif isinstance(member, property) and not hasattr(adapter, name):
+            lines.append(f"attribute {name}: {inspect.signature(member.fget).return_annotation}")  # type: ignore[arg-type]
+    unknown = frozenset(getattr(adapter, "capabilities", ())) - CAPABILITIES
+    if unknown:
+        lines.append(f"capabilities: {sorted(unknown)} are not among {sorted(CAPABILITIES)}")
+    return lines
 
 
 def seen(adapter: Adapter, x: Any, dtype: str) -> Floats:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import pcr_core
-from pcr_conformance.adapter import Resolved
+from pcr_conformance.adapter import Defaults, Resolved
 from pcr_conformance.cases import Case, ObjectiveCase
 from pcr_core import BlockStatistics, Objective, Rule, Weights
 
@@ -47,15 +47,12 @@ def objective_flat(arrays: tuple[Any, ...], options: tuple[tuple[str, Any], ...]
     return flat(pcr_core.grpo_objective(*arrays, **dict(options)))
 
 
-class DenseAdapter:
+class DenseAdapter(Defaults):
     """Eager NumPy; a library overrides the conversions, `run` (to compile) and `autodiff`."""
 
     name = "numpy"
     dtypes: tuple[str, ...] = ("float64", "float32", "float16")
-    accumulator = "float64"
-    device = "cpu"
-    compiled = False
-    eager: DenseAdapter | None = None
+    capabilities: frozenset[str] = frozenset({"objective"})
 
     def from_numpy(self, x: Any, dtype: str) -> Any:
         return np.asarray(x).astype({"int": "int64"}.get(dtype, dtype))
@@ -118,6 +115,3 @@ class DenseAdapter:
         with self.scope():
             out = self.run(objective_flat, self._tokens(case, dtype), tuple(case.options().items()))
             return Objective(*(self.to_numpy(x) for x in out))
-
-    def autodiff(self, case: ObjectiveCase, dtype: str) -> tuple[Any, Any] | None:
-        return None

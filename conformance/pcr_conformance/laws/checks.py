@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pcr_conformance.adapter import Adapter, seen
 from pcr_conformance.cases import Case
+
+
+@dataclass
+class Worst:
+    """The largest error / bound so far, by dtype."""
+
+    dtype: str = "all"
+    ratios: dict[str, float] = field(default_factory=dict)
+
+
+_WORST: ContextVar[Worst | None] = ContextVar("pcr_conformance_worst", default=None)
+
+
+@contextmanager
+def collect() -> Iterator[Worst]:
+    """Keep, while it is open, how near `close` and `near` come to what they allow."""
+    worst = Worst()
+    token = _WORST.set(worst)
+    try:
+        yield worst
+    finally:
+        _WORST.reset(token)
+
+
+def _record(off: Any, allowed: Any) -> None:
+    worst = _WORST.get()
+    if worst is None:
+        return
+    off, allowed = np.asarray(off), np.asarray(allowed)
+    judged = (allowed > 0) & np.isfinite(allowed) & np.isfinite(off)
+    if judged.any():
+        ratio = float((off[judged] / allowed[judged]).max())
+        worst.ratios[worst.dtype] = max(ratio, worst.ratios.get(worst.dtype, 0.0))
 
 
 def as_seen(adapter: Adapter, case: Case, dtype: str) -> Case:
@@ -27,6 +64,8 @@ def same_bits(law: str, what: str, got: Any, expected: Any) -> None:
 def close(law: str, what: str, got: Any, expected: Any, allowed: Any) -> None:
     """|got - expected| <= allowed, entry by entry; never true of NaN."""
     got, expected, allowed = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in (got, expected, allowed)))
+    with np.errstate(invalid="ignore"):
+        _record(np.abs(got - expected), allowed)
     good = (np.abs(got - expected) <= allowed) | (got == expected)
     if not good.all():
         i = int(np.flatnonzero(~good.ravel())[0])
@@ -40,4 +79,5 @@ def close(law: str, what: str, got: Any, expected: Any, allowed: Any) -> None:
 def near(law: str, what: str, got: Any, expected: Any, allowed: float) -> None:
     """Euclidean distance of two vectors at most `allowed`."""
     off = float(np.linalg.norm(np.asarray(got) - np.asarray(expected)))
+    _record(off, allowed)
     assert off <= allowed, f"{law}: {what} is off by {off:.3g} (norm), allowed {allowed:.3g}: {got} against {expected}"

@@ -1,0 +1,103 @@
+"""The command pcr-conformance."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+except ImportError as missing:
+    raise SystemExit(
+        f"pcr-conformance needs typer and rich ({missing}); install with: pip install 'pcr-grpo[conformance]'"
+    ) from None
+
+from pcr_conformance import report
+from pcr_conformance.libraries import load
+from pcr_conformance.mutants import MUTANTS, attack
+from pcr_conformance.registry import LAWS
+from pcr_conformance.verdict import Verdict, check_matched, judge, read_xfails
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_STYLES = {"passed": "green", "failed": "bold red", "xpassed": "bold red"}
+
+
+@app.callback()
+def conformance() -> None:
+    """Check implementations of Probabilistic Conflict Resolution against the laws of the method."""
+
+
+@app.command()
+def run(
+    adapter: Annotated[list[str], typer.Option(help="module:factory, or a name such as numpy, torch, jax; repeatable")],
+    examples: Annotated[int, typer.Option(min=1, help="random cases of each law")] = 100,
+    seed: Annotated[int, typer.Option(help="of the random cases")] = 0,
+    junit: Annotated[Path | None, typer.Option(help="write JUnit XML")] = None,
+    json: Annotated[Path | None, typer.Option(help="write JSON")] = None,
+    html: Annotated[Path | None, typer.Option(help="write one self-contained page")] = None,
+    xfails: Annotated[Path | None, typer.Option(help="TOML with [[xfail]] adapter, law, reason")] = None,
+) -> None:
+    """Run every law on every adapter; the exit code is 1 where one fails, 2 where the question makes no sense."""
+    console, errors = Console(), Console(stderr=True)
+    try:
+        adapters = [load(spec) for spec in adapter]
+        known = read_xfails(xfails) if xfails else []
+        check_matched(known, adapters)
+    except (OSError, TypeError, ValueError) as error:
+        errors.print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    verdicts: list[Verdict] = []
+    with Progress(console=errors, transient=True) as progress:
+        task = progress.add_task("laws", total=len(adapters) * len(LAWS))
+        for one in adapters:
+            for law in LAWS:
+                progress.update(task, description=f"{one.name}: {law.name}")
+                verdicts.append(judge(law, one, examples, seed, known))
+                progress.advance(task)
+    table = Table("adapter", "mode", "law", "level", "dtype", "worst error / bound", "examples", "verdict")
+    for row in report.rows(verdicts):
+        table.add_row(*row, style=_STYLES.get(row[-1], "dim" if row[-1] in ("skipped", "xfailed") else ""))
+    console.print(table)
+    for v in verdicts:
+        if v.bad:
+            console.print(f"\n{v.law} on {v.adapter}\n{v.message}", markup=False, highlight=False)
+    day = datetime.date.today()
+    texts = (
+        (junit, report.as_junit(verdicts)),
+        (json, report.as_json(verdicts, day, seed)),
+        (html, report.as_html(verdicts, day)),
+    )
+    for path, text in texts:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    console.print(report.badge(verdicts, day), markup=False, highlight=False, soft_wrap=True)
+    if any(v.bad for v in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
+def mutants(
+    examples: Annotated[int, typer.Option(min=1, help="random cases of each law")] = 300,
+    seed: Annotated[int, typer.Option(help="of the random cases")] = 0,
+) -> None:
+    """Run the suite against wrong implementations: each has to be noticed by the law named beside it."""
+    table = Table("wrong implementation", "law", "outcome")
+    survivors = 0
+    for mutant in MUTANTS:
+        killed = attack(mutant, examples, seed).outcome == "failed"
+        survivors += not killed
+        table.add_row(mutant.name, mutant.law, "killed" if killed else "SURVIVES", style="" if killed else "bold red")
+    console = Console()
+    console.print(table)
+    console.print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} killed")
+    if survivors:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    app()

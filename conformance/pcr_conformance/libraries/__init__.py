@@ -1,0 +1,85 @@
+"""Our adapters by name, and `load` for those of others; each is imported only when it is asked for."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from pcr_conformance.adapter import Adapter, missing_members
+
+#: name: the library it needs, the class, and its arguments
+_MAKERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "numpy": ("numpy", "dense:DenseAdapter", {}),
+    "array-api-strict": ("array_api_strict", "libraries.strict:StrictAdapter", {}),
+    "torch": ("torch", "libraries.torch:TorchAdapter", {}),
+    "torch-compile": ("torch", "libraries.torch:TorchAdapter", {"backend": "eager"}),
+    "torch-compile-aot": ("torch", "libraries.torch:TorchAdapter", {"backend": "aot_eager"}),
+    "torch-in-place": ("torch", "libraries.torch:InPlaceAdapter", {}),
+    "jax": ("jax", "libraries.jax:JaxAdapter", {}),
+    "jax-jit": ("jax", "libraries.jax:JaxAdapter", {"jit": True}),
+    "jax-x32": ("jax", "libraries.jax:JaxAdapter", {"x64": False}),
+    "jax-x32-jit": ("jax", "libraries.jax:JaxAdapter", {"jit": True, "x64": False}),
+    "jax-resolve": ("jax", "libraries.jax:ResolveAdapter", {}),
+    "jax-sharded": ("jax", "libraries.jax:ResolveAdapter", {"devices": 4}),
+    "cupy": ("cupy", "libraries.cupy:CupyAdapter", {}),
+}
+
+NAMES = tuple(_MAKERS)
+
+
+def missing(name: str) -> str | None:
+    """Why the adapter cannot be made here, or None."""
+    module = _MAKERS[name][0]
+    if find_spec(module) is None:
+        return f"{module} is not installed"
+    if name == "jax-sharded":
+        import jax
+
+        if jax.device_count() < 4:
+            return "needs 4 devices: on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=4"
+    if name == "cupy":
+        import cupy
+
+        if not cupy.is_available():
+            return "cupy finds no GPU"
+    return None
+
+
+@cache
+def library(name: str) -> Adapter:
+    """The adapter of one of `NAMES`; kept, so that what it compiled is used again."""
+    _, place, options = _MAKERS[name]
+    module, attribute = place.split(":")
+    made: Adapter = getattr(import_module(f"pcr_conformance.{module}"), attribute)(**options)
+    return made
+
+
+@cache
+def load(spec: str) -> Adapter:
+    """An adapter of ours by name, or "module:factory", where factory makes an adapter or is one.
+
+    Raises:
+        ValueError: no such name, module or attribute, or the adapter's library is missing.
+        TypeError: the object lacks something of the protocol; says what, with the signature to write.
+    """
+    if spec in _MAKERS:
+        reason = missing(spec)
+        if reason:
+            raise ValueError(f"adapter {spec!r}: {reason}")
+        return library(spec)
+    module, _, attribute = spec.partition(":")
+    if not attribute:
+        raise ValueError(f"adapter {spec!r}: expected module:factory, or one of {', '.join(NAMES)}")
+    try:
+        factory = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"adapter {spec!r}: {error}") from error
+    made = factory() if callable(factory) else factory
+    lacking = missing_members(made)
+    if lacking:
+        lines = "".join(f"\n  {line}" for line in lacking)
+        raise TypeError(f"adapter {spec!r}: {type(made).__name__} does not implement the protocol; it lacks{lines}")
+    found: Adapter = made
+    return found

@@ -1,0 +1,123 @@
+"""Verdicts for people and for machines: a table, JUnit, JSON, one HTML page, and a line for a README."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from html import escape
+from string import Template
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+import pcr_core
+from pcr_conformance.levels import LEVELS
+from pcr_conformance.verdict import Verdict
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>pcr conformance</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #ddd }
+.passed { color: #176b2c } .failed, .xpassed { color: #b00020; font-weight: 600 } .xfailed, .skipped { color: #666 }
+pre { white-space: pre-wrap; background: #f5f5f5; padding: .7rem }
+</style>
+<h1>Conformance</h1><p>$badge</p><p>$environment</p>
+<table><thead><tr><th>adapter</th><th>mode</th><th>law</th><th>level</th><th>dtype</th><th>worst error / bound</th>
+<th>examples</th><th>verdict</th></tr></thead><tbody>$rows</tbody></table>$failures</html>
+""")
+
+
+def levels(verdicts: Sequence[Verdict]) -> list[str]:
+    """Levels of which some law ran and every law passed on every adapter that it is for."""
+    out = []
+    for level in LEVELS:
+        ran = [v for v in verdicts if v.level == level and v.outcome != "skipped"]
+        if ran and all(v.outcome == "passed" for v in ran):
+            out.append(level)
+    return out
+
+
+def worst(verdicts: Sequence[Verdict]) -> float:
+    """The largest error / bound of all, NaN where none was measured."""
+    ratios = [ratio for v in verdicts for ratio in v.worst.values()]
+    return max(ratios) if ratios else math.nan
+
+
+def badge(verdicts: Sequence[Verdict], day: datetime.date) -> str:
+    """For a README: which levels hold, when it was checked, and how near the bounds it came."""
+    return f"pcr conformance: {'+'.join(levels(verdicts)) or 'none'}, {day}, worst error/bound {worst(verdicts):.2g}"
+
+
+def environment() -> dict[str, str]:
+    return {
+        "pcr": pcr_core.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
+
+
+def rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
+    """One row for each law, dtype and mode."""
+    out: list[tuple[str, ...]] = []
+    for v in verdicts:
+        for dtype, ratio in v.worst.items() or (("", math.nan),):
+            near = "" if math.isnan(ratio) else f"{ratio:.2g}"
+            out.append((v.adapter, v.mode, v.law, v.level, dtype, near, str(v.examples), v.outcome))
+    return out
+
+
+def as_json(verdicts: Sequence[Verdict], day: datetime.date, seed: int) -> str:
+    ratio = worst(verdicts)
+    content: dict[str, Any] = {
+        "date": str(day),
+        "seed": seed,
+        "environment": environment(),
+        "levels": levels(verdicts),
+        "worst_error_over_bound": None if math.isnan(ratio) else _finite(ratio),
+        "verdicts": [asdict(v) | {"worst": {k: _finite(r) for k, r in v.worst.items()}} for v in verdicts],
+    }
+    return json.dumps(content, indent=1, allow_nan=False)
+
+
+def _finite(x: float) -> float | str:
+    return x if math.isfinite(x) else str(x)
+
+
+def as_junit(verdicts: Sequence[Verdict]) -> str:
+    suite = ElementTree.Element(
+        "testsuite",
+        name="pcr_conformance",
+        tests=str(len(verdicts)),
+        failures=str(sum(v.bad for v in verdicts)),
+        skipped=str(sum(v.outcome in ("skipped", "xfailed") for v in verdicts)),
+    )
+    for v in verdicts:
+        case = ElementTree.SubElement(suite, "testcase", classname=v.adapter, name=v.law, time=f"{v.seconds:.3f}")
+        if v.bad:
+            ElementTree.SubElement(case, "failure", message=v.message.split("\n")[0]).text = v.message
+        elif v.outcome != "passed":
+            ElementTree.SubElement(case, "skipped", message=v.message.split("\n")[0])
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def as_html(verdicts: Sequence[Verdict], day: datetime.date) -> str:
+    body = []
+    for *cells, outcome in rows(verdicts):
+        plain = "".join(f"<td>{escape(c)}</td>" for c in cells)
+        body.append(f'<tr>{plain}<td class="{outcome}">{outcome}</td></tr>')
+    failures = "".join(
+        f"<h2>{v.law} on {escape(v.adapter)}</h2><pre>{escape(v.message)}</pre>" for v in verdicts if v.bad
+    )
+    known = ", ".join(f"{k} {v}" for k, v in environment().items())
+    return _PAGE.substitute(
+        badge=escape(badge(verdicts, day)), environment=escape(known), rows="\n".join(body), failures=failures
+    )

@@ -1,0 +1,133 @@
+"""One law against one adapter: drawn, shrunk, and the outcome kept with how near it came to its bounds."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+from hypothesis import strategies as st
+
+from pcr_conformance.adapter import Adapter
+from pcr_conformance.laws.checks import collect
+from pcr_conformance.registry import LAWS, Law
+
+
+@dataclass(frozen=True)
+class Xfail:
+    """A failure that is known: patterns of an adapter's and a law's name, and why it fails."""
+
+    adapter: str
+    law: str
+    reason: str
+
+    def matches(self, adapter: str, law: str) -> bool:
+        return fnmatch.fnmatchcase(adapter, self.adapter) and fnmatch.fnmatchcase(law, self.law)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a law; `outcome` is passed, failed, xfailed, xpassed (a failure too) or skipped."""
+
+    adapter: str
+    law: str
+    level: str
+    mode: str
+    device: str
+    outcome: str
+    examples: int = 0
+    seconds: float = 0.0
+    worst: dict[str, float] = field(default_factory=dict)  # by dtype: largest error / bound
+    message: str = ""
+
+    @property
+    def bad(self) -> bool:
+        return self.outcome in ("failed", "xpassed")
+
+
+def read_xfails(path: Path) -> list[Xfail]:
+    """The `[[xfail]]` tables of a TOML file; ValueError where one lacks adapter, law or a reason."""
+    found = []
+    content = tomllib.loads(path.read_text())
+    for number, entry in enumerate(content.get("xfail", []), 1):
+        for key in ("adapter", "law", "reason"):
+            if not str(entry.get(key, "")).strip():
+                raise ValueError(f"{path}: xfail {number} needs a {key}")
+        found.append(Xfail(entry["adapter"], entry["law"], entry["reason"]))
+    unknown = set(content) - {"xfail"}
+    if unknown:
+        raise ValueError(f"{path}: unknown keys {sorted(unknown)}; expected [[xfail]] tables")
+    return found
+
+
+def check_matched(xfails: Sequence[Xfail], adapters: Sequence[Adapter]) -> None:
+    """ValueError naming the first entry that no law of any adapter answers to."""
+    pairs = [(a.name, law.name) for a in adapters for law in LAWS if law.applies(a) is None]
+    for entry in xfails:
+        if not any(entry.matches(*pair) for pair in pairs):
+            raise ValueError(f"xfail entry matches nothing: adapter {entry.adapter!r}, law {entry.law!r}")
+
+
+def check(law: Law, adapter: Adapter, examples: int, seed: int, seen: Callable[[str], None] | None = None) -> None:
+    """Try the law on random cases; raises what Hypothesis raises, with the shrunk input in its notes.
+
+    Own settings throughout: profiles, deadlines and health checks of the caller's project have no say.
+    """
+
+    def one_example(data: st.DataObject) -> None:
+        arguments = law.draw(data, adapter)
+        if seen is not None:
+            seen(str(arguments.get("dtype", "")))
+        law.check(adapter, **arguments)
+
+    wrapped = settings(
+        max_examples=max(1, round(examples * law.share)),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        derandomize=False,
+        report_multiple_bugs=False,
+        print_blob=False,
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    )(given(st.data())(one_example))
+    seeded(seed)(wrapped)()
+
+
+def judge(law: Law, adapter: Adapter, examples: int, seed: int, xfails: Sequence[Xfail] = ()) -> Verdict:
+    """`check` as a record; a crash inside the adapter is a failed law like any other."""
+    mode = "sharded" if "sharded" in adapter.capabilities else "jit" if adapter.compiled else "eager"
+    common = (adapter.name, law.name, law.level, mode, adapter.device)
+    reason = law.applies(adapter)
+    if reason is not None:
+        return Verdict(*common, outcome="skipped", message=reason)
+    expected = next((x for x in xfails if x.matches(adapter.name, law.name)), None)
+    began, count, message = time.perf_counter(), 0, ""
+    with collect() as worst:
+
+        def seen(dtype: str) -> None:
+            nonlocal count
+            count += 1
+            worst.dtype = dtype or "all"
+
+        try:
+            check(law, adapter, examples, seed, seen)
+        except Exception as error:
+            notes = "\n".join(getattr(error, "__notes__", ()))
+            message = f"{type(error).__name__}: {error}\n{notes}\nAgain: --seed {seed} --examples {examples}"
+    outcome = ("failed" if message else "passed") if expected is None else ("xfailed" if message else "xpassed")
+    if expected is not None:
+        message = f"{expected.reason}\n{message}".strip()
+    return Verdict(*common, outcome, count, time.perf_counter() - began, dict(worst.ratios), message)
+
+
+def judge_all(adapters: Sequence[Adapter], examples: int, seed: int, xfails: Sequence[Xfail] = ()) -> Iterator[Verdict]:
+    """Every law on every adapter, whatever fails on the way."""
+    check_matched(xfails, adapters)
+    for adapter in adapters:
+        for law in LAWS:
+            yield judge(law, adapter, examples, seed, xfails)

@@ -1,0 +1,140 @@
+"""The suite as a product: adapters are loaded or refused with a reason, failures are kept, wrong ones are noticed."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pcr_conformance.adapter import Defaults
+from pcr_conformance.dense import DenseAdapter
+from pcr_conformance.libraries import load
+from pcr_conformance.mutants import MUTANTS, Mutant, attack
+from pcr_conformance.registry import LAWS
+from pcr_conformance.verdict import Xfail, check_matched, judge, judge_all, read_xfails
+
+DOC = Path(__file__).parents[2] / "docs" / "conformance.md"
+
+
+class Half(Defaults):
+    name = "half"
+
+    def from_numpy(self, x: Any, dtype: str) -> Any: ...
+
+
+class Crashing(DenseAdapter):
+    name = "crashing"
+
+    def resolve(self, *_: Any) -> Any:
+        raise RuntimeError("kernel launch failed")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_each_mutant_is_noticed_by_its_law(mutant: Mutant) -> None:
+    verdict = attack(mutant)
+    assert verdict.outcome == "failed"
+    assert verdict.message.startswith("AssertionError"), verdict.message  # noticed, not crashed
+
+
+def test_the_stages_of_the_mutants_are_right_without_a_fault() -> None:
+    from pcr_conformance.mutants import Wrong
+
+    faultless = Wrong("faultless", "none", lambda: None)
+    bad = [v for v in judge_all([faultless], 30, 0) if v.bad]
+    assert not bad, bad[0].message
+
+
+def test_what_is_missing_is_named_with_its_signature() -> None:
+    with pytest.raises(TypeError, match=r"method resolve\(self, case: Case, rule: Rule, dtype: str\) -> Resolved"):
+        load(f"{__name__}:Half")
+
+
+@pytest.mark.parametrize("spec", ["nothing", "no_such_module:make", "pcr_core:no_such_name"])
+def test_an_adapter_that_is_not_there(spec: str) -> None:
+    with pytest.raises(ValueError, match=spec):
+        load(spec)
+
+
+def test_a_crash_is_a_failed_law_and_the_run_goes_on() -> None:
+    verdicts = {v.law: v for v in judge_all([Crashing()], 3, 0)}
+    assert len(verdicts) == len(LAWS)
+    crashed = verdicts["weights_are_exact"]
+    assert crashed.outcome == "failed"
+    assert "kernel launch failed" in crashed.message
+    assert "Case(plasticity=" in crashed.message, "the input that reproduces it"
+    assert verdicts["statistics_are_exact"].outcome == "passed"
+
+
+def test_xfails(tmp_path: Path) -> None:
+    law = next(law for law in LAWS if law.name == "weights_are_exact")
+    known = [Xfail("crash*", "weights_are_exact", "no kernel")]
+    assert judge(law, Crashing(), 2, 0, known).outcome == "xfailed"
+    assert judge(law, load("numpy"), 2, 0, [Xfail("*", "*", "why")]).bad, "a law that passes unexpectedly"
+    with pytest.raises(ValueError, match="matches nothing"):
+        check_matched([Xfail("numpy", "no_such_law", "why")], [load("numpy")])
+    file = tmp_path / "xfails.toml"
+    file.write_text('[[xfail]]\nadapter = "numpy"\nlaw = "x"\n')
+    with pytest.raises(ValueError, match="needs a reason"):
+        read_xfails(file)
+
+
+def test_worst_error_is_kept_by_dtype_and_only_while_asked() -> None:
+    law = next(law for law in LAWS if law.name == "statistics_are_exact")
+    worst = judge(law, load("numpy"), 30, 0).worst
+    assert set(worst) == {"float64", "float32", "float16"}
+    assert all(0 < ratio <= 1 for ratio in worst.values())
+
+
+def test_the_example_of_the_documentation_passes() -> None:
+    pytest.importorskip("array_api_strict")
+    scope: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)[0], scope)
+    verdicts = list(judge_all([scope["MyLibrary"]()], 3, 0))
+    assert not [v for v in verdicts if v.bad]
+
+
+def test_the_command_writes_reports_and_fails_with_a_law(tmp_path: Path) -> None:
+    testing = pytest.importorskip("typer.testing")
+    from pcr_conformance.command import app
+
+    paths = {name: tmp_path / f"report.{name}" for name in ("json", "junit", "html")}
+    options = [x for name, path in paths.items() for x in (f"--{name}", str(path))]
+    ran = testing.CliRunner().invoke(app, ["run", "--adapter", "numpy", "--examples", "2", *options])
+    assert ran.exit_code == 0, ran.output
+    assert "pcr conformance: core+numerics+objective+sharded" in ran.output
+    assert json.loads(paths["json"].read_text())["levels"] == ["core", "numerics", "objective", "sharded"]
+    assert 'failures="0"' in paths["junit"].read_text()
+    assert "http" not in paths["html"].read_text(), "the page is self-contained"
+    failing = testing.CliRunner().invoke(app, ["run", "--adapter", f"{__name__}:Crashing", "--examples", "2"])
+    assert failing.exit_code == 1
+    assert testing.CliRunner().invoke(app, ["run", "--adapter", "nothing"]).exit_code == 2
+
+
+def test_the_plugin_costs_others_no_framework() -> None:
+    code = """
+import sys, pcr_conformance.plugin
+heavy = {"torch", "jax", "numpy", "hypothesis", "mpmath", "typer", "rich", "pcr_core"} & set(sys.modules)
+sys.exit(f"imports {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_sharded_jax_on_four_devices() -> None:
+    pytest.importorskip("jax")
+    code = """
+from pcr_conformance.libraries import load
+from pcr_conformance.verdict import judge_all
+bad = [v for v in judge_all([load("jax-sharded")], 2, 0) if v.bad]
+raise SystemExit("\\n".join(f"{v.law}: {v.message}" for v in bad) or 0)
+"""
+    import os
+
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
