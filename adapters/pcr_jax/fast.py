@@ -21,6 +21,8 @@ from pcr_jax.sharding import Axes, Layout
 from pcr_jax.stages import split
 
 Probes = dict[int, Probe]
+_TILE = 3 << 16  # numbers of a response's gradient that are formed at a time, and stay in a core's cache
+_UNROLL = 4  # responses whose gradients are added in one go
 
 
 def uncovered(
@@ -179,21 +181,33 @@ def kernel_products(
     Returns:
         ((in, out), (in, out)), (n, 3) and (n / group_size, 3), the products being p.p, s.s, p.s.
     """
-    rows = [t.reshape(-1, group_size, _tokens(t), t.shape[-1]) for t in (x, dp, ds)]
+    rows = tuple(t.reshape(-1, group_size, _tokens(t), t.shape[-1]) for t in (x, dp, ds))
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    nothing = (jnp.zeros((x.shape[-1], dp.shape[-1]), accumulate),) * 2
+    width = _tile_width(x.shape[-1], dp.shape[-1])
+    nothing = (jnp.zeros((width, dp.shape[-1]), accumulate),) * 2
 
-    def one_response(sums: Any, row: Any) -> Any:
-        x, *dys = row
-        p, s = (at_least_float32(jnp.matmul(x.T, dy, preferred_element_type=accumulate)) for dy in dys)
-        return add(sums, (p, s)), three(p, s, whole=whole)
+    def one_tile(_: None, tile: Array) -> Any:
+        def one_response(sums: Any, row: Any) -> Any:
+            x, *dys = row
+            x = jax.lax.dynamic_slice_in_dim(x, tile * width, width, axis=1)
+            p, s = (at_least_float32(jnp.matmul(x.T, dy, preferred_element_type=accumulate)) for dy in dys)
+            return add(sums, (p, s)), three(p, s, whole=whole)
 
-    def one_group(totals: Any, rows: Any) -> Any:
-        sums, products = jax.lax.scan(one_response, nothing, rows)
-        return add(totals, sums), (products, three(*sums, whole=whole))
+        def one_group(totals: Any, rows: Any) -> Any:
+            sums, products = jax.lax.scan(one_response, nothing, rows, unroll=min(group_size, _UNROLL))
+            return add(totals, sums), (products, three(*sums, whole=whole))
 
-    totals, (response, stratum) = jax.lax.scan(one_group, nothing, tuple(rows))
-    return totals, response.reshape(-1, 3), stratum
+        return None, jax.lax.scan(one_group, nothing, rows)
+
+    _, (totals, (response, stratum)) = jax.lax.scan(one_tile, None, jnp.arange(x.shape[-1] // width))
+    p, s = (total.reshape(x.shape[-1], dp.shape[-1]) for total in totals)
+    return (p, s), response.sum(axis=0).reshape(-1, 3), stratum.sum(axis=0)
+
+
+def _tile_width(inputs: int, outputs: int) -> int:
+    """Rows of the kernel that are taken at a time: the most that divide it and stay in a core's cache."""
+    most = max(1, _TILE // outputs)
+    return max(width for width in range(1, min(most, inputs) + 1) if inputs % width == 0)
 
 
 def _tokens(t: Array) -> int:
