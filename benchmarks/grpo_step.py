@@ -235,12 +235,12 @@ def main() -> None:
     parser.add_argument("--keep-freed-memory", action="store_true", help="no page faults (glibc)")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
+    if args.keep_freed_memory:
+        keep_freed_memory()
     if args.framework == "jax":
         _in_jax(args)
         return
     torch.set_num_threads(args.threads)
-    if args.keep_freed_memory:
-        keep_freed_memory()
     make = partial(Problem, args.device, args.responses, args.tokens, args.vocabulary)
     problem = make()
     every = amortised_ways(problem) if args.amortised else ways(problem) | peers.ways(make)

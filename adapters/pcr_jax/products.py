@@ -1,8 +1,8 @@
 """Inner products of gradients: float64 where x64 is on, else float32 in many partial sums, to 1e-7 of |a||b|.
 
-How XLA orders a sum is its own affair, so the partial sums are spelled out: one for each of many lanes in a loop that
-reads both gradients once; or, for arrays that the partitioner may have split over devices, parts of the last axis, which
-leave a sharding as it is.
+How XLA orders a sum is its own affair, so the partial sums are spelled out: one for each of many lanes, in a loop that
+reads both gradients once; or, for arrays that the partitioner may have split over devices, parts of the last axis,
+which leave a sharding as it is.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ def three(p: Array, s: Array, *, whole: bool) -> Array:
         return tuple(total + new for total, new in zip(sums, (a * a, b * b, a * b), strict=True)), None
 
     nothing = (jnp.zeros(_LANES, wide),) * 3
-    # index arithmetic must not overflow int32: JAX has no larger arrays without x64 either
     lanes, _ = jax.lax.scan(one_turn, nothing, jnp.arange(turns), unroll=_UNROLL)
     ones, rest = jnp.ones(_LANES, wide), (x[turns * _LANES :] for x in (p, s))
     a, b = rest
