@@ -14,7 +14,7 @@ import tiny
 import pcr_core
 from pcr_core import BlockStatistics, Scatter
 from pcr_jax import Blocks, resolve, select_blocks
-from pcr_jax.products import inner
+from pcr_jax.products import inner, three
 
 RULES = [
     pcr_core.PCR(),
@@ -132,6 +132,18 @@ def test_long_inner_products_keep_float32_accuracy(form: Any, shape: tuple[int, 
     b = (rng.random(shape, dtype="float32") - 0.5).astype("float32")
     exact, size = (float(np.sum(f(a.astype("float64") * b))) for f in (np.asarray, np.abs))
     assert abs(float(form(jnp.asarray(a), jnp.asarray(b))) - exact) <= 1e-6 * size
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["lanes", "parts"])
+@pytest.mark.parametrize("shape", [(5_000_011,), (1025, 1023), (4, 1 << 14), (4, 3, 16385)])
+def test_three_products_keep_float32_accuracy(shape: tuple[int, ...], whole: bool) -> None:
+    rng = np.random.default_rng(0)
+    p, s = (rng.random(shape, dtype="float32") - np.float32(shift) for shift in (0.0, 0.5))
+    wide = [x.astype("float64") for x in (p, s)]
+    pairs = [wide[0] * wide[0], wide[1] * wide[1], wide[0] * wide[1]]
+    found = jax.jit(three, static_argnames="whole")(jnp.asarray(p), jnp.asarray(s), whole=whole)
+    for got, terms in zip(found, pairs, strict=True):
+        assert abs(float(got) - terms.sum()) <= 1e-6 * np.abs(terms).sum()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (127,), (128,), (129,), (3, 257), (2, 3, 5), (0,), (1000, 4)])

@@ -128,12 +128,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), mine, theirs))
 
 
-def test_micro_batches_resume_bit_for_bit(go: Go, tmp_path: Path) -> None:
-    options = {"micro_prompts": 2, "granularity": "layer", "prior": "shrinkage"}
+def test_micro_batches_and_the_temporal_prior_resume_bit_for_bit(go: Go, tmp_path: Path) -> None:
+    options = {"micro_prompts": 2, "granularity": "layer", "prior": "temporal"}
     straight = go(tmp_path / "a", steps=2, **options)
     go(tmp_path / "b", steps=1, **options)
     assert_same_run(go(tmp_path / "b", steps=2, resume=True, **options), straight)
     assert read_metrics(straight.metrics)[0]["blocks"]["family"] == ["layer"] * 4
+    with pytest.raises(ValueError, match="could not be read"):  # a flat prior's checkpoint holds none of its means
+        checkpoint.load(go(tmp_path / "c", steps=1).model, _loop(straight.folder).state)
 
 
 def _loop(folder: Path) -> Any:
@@ -297,7 +299,6 @@ def test_checkpoints_hold_bits_and_refuse_another_tree(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--model", "smollm2"], "--framework jax trains the built-in model tiny only, got 'smollm2'"),
-        (["--prior", "temporal"], "--prior temporal: not with --framework jax"),
         (["--granularity", "module"], "--granularity module: not with --framework jax"),
         (["--framework", "tensorflow"], "--framework: expected one of torch, jax, got 'tensorflow'"),
         (["--rule", "grpo"], "rule 'grpo' has no option 'alpha'"),

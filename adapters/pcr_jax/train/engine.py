@@ -44,11 +44,6 @@ class JaxEngine:
                 f"--model: --framework jax trains the built-in model tiny only, got {settings.model!r}; add --model "
                 "tiny, or use --framework torch. For a model of your own see pcr_jax.make_train_step"
             )
-        if settings.prior == "temporal":
-            raise ValueError(
-                "--prior temporal: not with --framework jax, whose step does not carry the two gradients that it "
-                "remembers; use flat or shrinkage, or --framework torch"
-            )
         if settings.granularity == "module":
             raise ValueError(
                 "--granularity module: not with --framework jax, where a block is a tensor, a layer or global"

@@ -57,18 +57,19 @@ class Loop:
             optax.adam(settings.learning_rate, b1=0.9, b2=0.99),
         )
         blocks = select_blocks(start, settings.blocks, settings.granularity)  # type: ignore[arg-type]
+        rule = make_rule(settings)
         self.update = make_train_step(
             self.logp,
             optimizer,
             group_size=settings.generations,
             beta=settings.beta,
-            rule=make_rule(settings),
+            rule=rule,
             blocks=blocks,
             normalization="dapo",
             microbatch=(settings.micro_prompts or settings.prompts) * settings.generations,
         )
         self.reference = jax.jit(self.logp)
-        self.state = init_state(start, optimizer)
+        self.state = init_state(start, optimizer, rule, blocks=blocks)
 
     def logp(self, params: Any, inputs: Any) -> Array:
         return token_logp(
