@@ -17,6 +17,7 @@ except ImportError as missing:
     ) from None
 
 from pcr_conformance import report
+from pcr_conformance.compare.command import compare_command
 from pcr_conformance.libraries import load
 from pcr_conformance.mutants import MUTANTS, attack
 from pcr_conformance.registry import LAWS
@@ -97,6 +98,9 @@ def mutants(
     console.print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} killed")
     if survivors:
         raise typer.Exit(1)
+
+
+app.command("compare")(compare_command)
 
 
 def main() -> None:

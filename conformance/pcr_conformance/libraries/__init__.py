@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,10 +37,10 @@ def missing(name: str) -> str | None:
     if find_spec(module) is None:
         return f"{module} is not installed"
     if name == "jax-sharded":
-        import jax
-
-        if jax.device_count() < 4:
-            return "needs 4 devices: on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=4"
+        # asking JAX would start it, whose threads and devices are settled from then on
+        found = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+        if found is None or int(found[1]) < 4:
+            return "needs XLA_FLAGS=--xla_force_host_platform_device_count=4"
     if name == "cupy":
         import cupy
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,12 @@ class JaxAdapter(DenseAdapter):
         self.accumulator = "float64" if x64 else "float32"
         self.eager = JaxAdapter(x64=x64) if jit else None
         self.capabilities = frozenset({"objective", "grad", "compile"} if jit else {"objective", "grad"})
-        self.device = str(jax.devices()[0])
         self._jitted: dict[Function, Any] = {}
+
+    @cached_property
+    def device(self) -> str:  # type: ignore[override]
+        """Asked for late: it starts JAX, whose threads and devices are settled from then on."""
+        return str(self.jax.devices()[0])
 
     def scope(self) -> AbstractContextManager[Any]:
         if hasattr(self.jax, "enable_x64"):

@@ -1,0 +1,107 @@
+"""The command `pcr-conformance compare`."""
+
+from __future__ import annotations
+
+import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from pcr_conformance.compare.measure import Agreement, Row, compare
+from pcr_conformance.compare.page import as_html, as_json, number
+from pcr_conformance.compare.problems import REGIMES, problem
+from pcr_conformance.libraries import load
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def compare_command(
+    adapters: Annotated[str, typer.Option(help="names or module:factory, with commas between")] = "numpy,torch,jax",
+    dtypes: Annotated[str, typer.Option(help=f"of {', '.join(_DTYPES)}")] = "float64,float32,bfloat16",
+    sizes: Annotated[str, typer.Option(help="coordinates of the one block; 1e7 takes 4 GB and most of a minute")] = (
+        "1e3,1e5"
+    ),
+    regimes: Annotated[str, typer.Option(help=f"of {', '.join(REGIMES)}")] = ",".join(REGIMES),
+    seed: Annotated[int, typer.Option(help="of the numbers")] = 0,
+    json: Annotated[Path | None, typer.Option(help="write JSON")] = None,
+    html: Annotated[Path | None, typer.Option(help="write one self-contained page with plots")] = None,
+) -> None:
+    """Who computes what to how many digits: errors against an extended-precision reference, agreement, order, time."""
+    errors = Console(stderr=True)
+    try:
+        chosen = [load(spec.strip()) for spec in adapters.split(",")]
+        kinds, cases = _listed(dtypes), _listed(regimes)
+        for name in kinds:
+            if name not in _DTYPES:
+                raise ValueError(f"dtypes: expected some of {', '.join(_DTYPES)}, got {name!r}")
+        lengths = [_size(text) for text in _listed(sizes)]
+        for regime in cases:
+            problem(regime, 1, seed)
+        if html is not None and find_spec("matplotlib") is None:
+            raise ValueError("html: its plots need matplotlib; install with: pip install 'pcr-grpo[conformance,plot]'")
+    except (TypeError, ValueError) as error:
+        errors.print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    rows: list[Row] = []
+    agreements: list[Agreement] = []
+    with Progress(console=errors, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen) * len(kinds) * len(lengths) * len(cases))
+
+        def coming(what: str) -> None:
+            progress.update(task, description=what)
+
+        for found in compare(chosen, kinds, lengths, cases, seed, coming):
+            if isinstance(found, Row):
+                rows.append(found)
+                progress.advance(task)
+            else:
+                agreements.append(found)
+    Console().print(_summary(rows))
+    day = datetime.date.today()
+    for path, write in ((json, as_json), (html, as_html)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(write(rows, agreements, seed, day), encoding="utf-8")
+
+
+def _summary(rows: list[Row]) -> Table:
+    """The largest errors over the regimes; everything is in the reports."""
+    kinds = {
+        "products": ("plasticity_sq", "stability_sq", "dot"),
+        "variances": ("plasticity_var", "stability_var", "covariance"),
+        "weights": ("alpha", "stability weight"),
+        "update": ("update",),
+    }
+    table = Table("adapter", "dtype", "size", *kinds, "order", "repeats", "ms", title="largest error over the regimes")
+    for key in dict.fromkeys((row.dtype, row.size, row.adapter) for row in rows):
+        found = [row for row in rows if (row.dtype, row.size, row.adapter) == key]
+        seen = [row for row in found if row.errors is not None and row.order is not None and row.seconds is not None]
+        head = (key[2], key[0], f"{key[1]:.0e}")
+        if not seen:
+            table.add_row(*head, "not offered", style="dim")
+            continue
+        errors = [number(max(row.errors[name] for row in seen for name in names)) for names in kinds.values()]  # type: ignore[index]
+        order = number(max(value for row in seen for value in row.order.values()))  # type: ignore[union-attr]
+        repeats = "yes" if all(row.repeatable for row in seen) else "no"
+        seconds = sorted(row.seconds for row in seen if row.seconds is not None)
+        table.add_row(*head, *errors, order, repeats, f"{1e3 * seconds[len(seconds) // 2]:.1f}")
+    return table
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _size(text: str) -> int:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if size < 1 or size != int(size):
+        raise ValueError(f"sizes: expected numbers of coordinates such as 1000 or 1e5, got {text!r}")
+    return int(size)

@@ -1,0 +1,123 @@
+"""The comparison as one self-contained page, and as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from html import escape
+from string import Template
+from typing import Any
+
+from pcr_conformance.compare.measure import QUANTITIES, Agreement, Row
+from pcr_conformance.report import environment
+
+SHOWN = ("dot", "plasticity_var", "stability weight", "update")
+_LEAST = 1e-20  # where an error of 0 is drawn
+_MARKERS = "osD^v<>P*X"
+_PAGE = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>pcr comparison</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap }
+svg { width: 100%; height: auto } .wide { overflow-x: auto }
+</style>
+<h1>Numerical comparison</h1><p>$what</p>
+<h2>Error against size</h2>
+<p>Largest error over the regimes. Sums are relative to the product of the norms they are made of, weights to themselves, the
+update in norm. Grey: one unit in the last place of float64, float32 and bfloat16.</p>
+$plots
+<h2>Every measurement</h2><div class="wide"><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
+<h2>Agreement of each two adapters</h2>
+<div class="wide"><table><thead><tr>$agreement_header</tr></thead><tbody>$agreements</tbody></table></div></html>
+""")
+
+
+def as_json(rows: Sequence[Row], agreements: Sequence[Agreement], seed: int, day: datetime.date) -> str:
+    content = {
+        "date": str(day),
+        "seed": seed,
+        "environment": environment(),
+        "rows": [asdict(row) for row in rows],
+        "agreements": [asdict(each) for each in agreements],
+    }
+    return json.dumps(_spelled(content), indent=1, allow_nan=False) + "\n"
+
+
+def as_html(rows: Sequence[Row], agreements: Sequence[Agreement], seed: int, day: datetime.date) -> str:
+    known = ", ".join(f"{name} {version}" for name, version in environment().items())
+    measured = [row for row in rows if row.offered]
+    columns = ("adapter", "dtype", "size", "regime", *QUANTITIES, "bits repeat", "ms")
+    pairs = ("adapters", "dtype", "size", "regime", *QUANTITIES)
+    return _PAGE.substitute(
+        what=escape(f"{day}, seed {seed}; {known}"),
+        plots=_plots(measured),
+        header=_cells(columns, "th"),
+        rows="\n".join(f"<tr>{_cells(cells(row), 'td')}</tr>" for row in rows),
+        agreement_header=_cells(pairs, "th"),
+        agreements="\n".join(
+            f"<tr>{_cells((f'{a.one} - {a.other}', a.dtype, f'{a.size:.0e}', a.regime), 'td')}"
+            f"{_cells([number(a.differences[name]) for name in QUANTITIES], 'td')}</tr>"
+            for a in agreements
+        ),
+    )
+
+
+def cells(row: Row) -> list[str]:
+    """A row as texts: what it is of, an error for each quantity, whether bits repeat, and milliseconds."""
+    head = [row.adapter, row.dtype, f"{row.size:.0e}", row.regime]
+    if row.errors is None or row.seconds is None:
+        return [*head, "not offered", *[""] * (len(QUANTITIES) + 1)]
+    errors = [number(row.errors[name]) for name in QUANTITIES]
+    return [*head, *errors, "yes" if row.repeatable else "no", f"{1e3 * row.seconds:.1f}"]
+
+
+def number(x: float) -> str:
+    return "0" if x == 0 else f"{x:.0e}"
+
+
+def _cells(texts: Sequence[str], tag: str) -> str:
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+
+
+def _plots(rows: Sequence[Row]) -> str:
+    """One figure a dtype, one panel a quantity, as inline SVG; nothing without rows."""
+    from matplotlib.figure import Figure
+
+    out = []
+    adapters = list(dict.fromkeys(row.adapter for row in rows))
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        figure = Figure(figsize=(13, 3.6), layout="constrained")
+        panels = figure.subplots(1, len(SHOWN), sharey=True)
+        for axes, quantity in zip(panels, SHOWN, strict=True):
+            for ulp in (2.0**-52, 2.0**-23, 2.0**-7):
+                axes.axhline(ulp, color="0.85", linewidth=1, zorder=0)
+            for k, adapter in enumerate(adapters):
+                worst: dict[int, float] = {}
+                for row in rows:
+                    if row.adapter == adapter and row.dtype == dtype and row.errors is not None:
+                        worst[row.size] = max(worst.get(row.size, _LEAST), row.errors[quantity])
+                if worst:
+                    sizes = sorted(worst)
+                    axes.plot(sizes, [worst[s] for s in sizes], marker=_MARKERS[k % len(_MARKERS)], ms=5, label=adapter)
+            axes.set(xscale="log", yscale="log", title=quantity, xlabel="coordinates")
+        panels[0].set_ylabel(f"error, {dtype} input")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        text = file.getvalue()
+        out.append(text[text.index("<svg") :])
+    return "\n".join(out)
+
+
+def _spelled(x: Any) -> Any:
+    """Without numbers that JSON does not know."""
+    if isinstance(x, dict):
+        return {key: _spelled(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [_spelled(value) for value in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
