@@ -21,6 +21,7 @@ from pcr_jax.sharding import Axes, Layout
 _PART = 128
 _LANES = 1 << 14  # with 4 turns of the loop at once, what a core's cache holds
 _UNROLL = 4
+_RUN = 64  # turns that a lane adds before its sum is added to others: equal terms round alike in all lanes
 
 
 def wide_dtype() -> Any:
@@ -77,8 +78,17 @@ def three(p: Array, s: Array, *, whole: bool) -> Array:
         a, b = (jax.lax.dynamic_slice(x, (k * _LANES,), (_LANES,)).astype(wide) for x in (p, s))
         return tuple(total + new for total, new in zip(sums, (a * a, b * b, a * b), strict=True)), None
 
-    nothing = (jnp.zeros(_LANES, wide),) * 3
-    lanes, _ = jax.lax.scan(one_turn, nothing, jnp.arange(turns), unroll=_UNROLL)
+    def run(first: Array | int, length: int) -> tuple[Array, ...]:
+        nothing = (jnp.zeros(_LANES, wide),) * 3
+        return jax.lax.scan(one_turn, nothing, first + jnp.arange(length), unroll=_UNROLL)[0]
+
+    def one_run(sums: tuple[Array, ...], k: Array) -> tuple[tuple[Array, ...], None]:
+        return tuple(total + new for total, new in zip(sums, run(k * _RUN, _RUN), strict=True)), None
+
+    runs = turns // _RUN
+    lanes = run(runs * _RUN, turns % _RUN)
+    if runs:
+        lanes, _ = jax.lax.scan(one_run, lanes, jnp.arange(runs))
     ones, rest = jnp.ones(_LANES, wide), (x[turns * _LANES :] for x in (p, s))
     a, b = rest
     return jnp.stack([inner(x, ones) for x in lanes]) + jnp.stack([inner(a, a), inner(b, b), inner(a, b)])
