@@ -80,7 +80,8 @@ def three(p: Array, s: Array, *, whole: bool) -> Array:
 
     def run(first: Array | int, length: int) -> tuple[Array, ...]:
         nothing = (jnp.zeros(_LANES, wide),) * 3
-        return jax.lax.scan(one_turn, nothing, first + jnp.arange(length), unroll=_UNROLL)[0]
+        sums: tuple[Array, ...] = jax.lax.scan(one_turn, nothing, first + jnp.arange(length), unroll=_UNROLL)[0]
+        return sums
 
     def one_run(sums: tuple[Array, ...], k: Array) -> tuple[tuple[Array, ...], None]:
         return tuple(total + new for total, new in zip(sums, run(k * _RUN, _RUN), strict=True)), None
