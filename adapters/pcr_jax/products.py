@@ -1,4 +1,6 @@
-"""Inner products of gradients: float64 where x64 is on, else float32 in many partial sums, to 1e-7 of |a||b|.
+"""Inner products of gradients: float64 where x64 is on, else float32 in many partial sums.
+
+Those err by 1e-7 of |a||b| as a rule, and by some 1e-6 where all terms are equal and round alike.
 
 How XLA orders a sum is its own affair, so the partial sums are spelled out: one for each of many lanes, in a loop that
 reads both gradients once; or, for arrays that the partitioner may have split over devices, parts of the last axis,

@@ -36,6 +36,13 @@ def test_products_to_six_digits(cosine: float, scale: float) -> None:
     assert abs(ps - exact(p, s)) <= 1e-6 * abs(exact(p, s)) + bound
 
 
+def test_equal_terms_which_all_round_alike() -> None:
+    p, s = (torch.full((1_000_003,), value) for value in (0.1, 0.3))
+    for found, one in zip(gradient_products(p, s).tolist(), [(0, 0), (1, 1), (0, 1)], strict=True):
+        a, b = (float((p, s)[k][0]) for k in one)
+        assert found == pytest.approx(1_000_003 * a * b, rel=1e-6)
+
+
 def test_products_of_nothing_and_of_what_is_not_finite() -> None:
     p, s = pair(-0.5)
     assert gradient_products(p, torch.zeros_like(s)).tolist()[1:] == [0.0, 0.0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -72,18 +73,22 @@ def compare_command(
 def _summary(rows: list[Row]) -> Table:
     """The largest errors over the regimes; everything is in the reports."""
     kinds = {
-        "products": ("plasticity_sq", "stability_sq", "dot"),
-        "variances": ("plasticity_var", "stability_var", "covariance"),
+        "dots": ("plasticity_sq", "stability_sq", "dot"),
+        "scatter": ("plasticity_var", "stability_var", "covariance"),
         "weights": ("alpha", "stability weight"),
         "update": ("update",),
     }
-    table = Table("adapter", "dtype", "size", *kinds, "order", "repeats", "ms", title="largest error over the regimes")
+    table = Table(
+        title="largest error over the regimes", box=SIMPLE, pad_edge=False, caption="-: the adapter lacks the dtype"
+    )
+    for name in ("adapter", "dtype", "size", *kinds, "order", "bits repeat", "ms"):
+        table.add_column(name, no_wrap=name in ("dtype", "size", *kinds))
     for key in dict.fromkeys((row.dtype, row.size, row.adapter) for row in rows):
         found = [row for row in rows if (row.dtype, row.size, row.adapter) == key]
         seen = [row for row in found if row.errors is not None and row.order is not None and row.seconds is not None]
         head = (key[2], key[0], f"{key[1]:.0e}")
         if not seen:
-            table.add_row(*head, "not offered", style="dim")
+            table.add_row(*head, *["-"] * (len(kinds) + 3), style="dim")
             continue
         errors = [number(max(row.errors[name] for row in seen for name in names)) for names in kinds.values()]  # type: ignore[index]
         order = number(max(value for row in seen for value in row.order.values()))  # type: ignore[union-attr]

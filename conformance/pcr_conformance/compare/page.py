@@ -28,8 +28,8 @@ svg { width: 100%; height: auto } .wide { overflow-x: auto }
 </style>
 <h1>Numerical comparison</h1><p>$what</p>
 <h2>Error against size</h2>
-<p>Largest error over the regimes. Sums are relative to the product of the norms they are made of, weights to themselves, the
-update in norm. Grey: one unit in the last place of float64, float32 and bfloat16.</p>
+<p>Largest error over the regimes. Sums are relative to the product of the norms they are made of, weights to
+themselves, the update in norm. Grey: one unit in the last place of float64, float32 and bfloat16.</p>
 $plots
 <h2>Every measurement</h2><div class="wide"><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
 <h2>Agreement of each two adapters</h2>

@@ -1,4 +1,4 @@
-"""The reference for long vectors, in 80-bit floats: sums to 1e-17 of what they are made of, weights exact from there on.
+"""The reference for long vectors, in 80-bit floats: sums to 1e-17 of their terms, weights exact from there on.
 
 `oracle` is exact, and takes a millisecond a number. Here products of float32 are exact, those of float64 rounded to 64
 bits, and sums of parts are NumPy's pairwise ones; the tests hold it to the oracle.
