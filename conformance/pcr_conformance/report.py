@@ -9,6 +9,8 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
+from importlib.metadata import version
+from importlib.util import find_spec
 from string import Template
 from typing import Any
 from xml.etree import ElementTree
@@ -56,12 +58,16 @@ def badge(verdicts: Sequence[Verdict], day: datetime.date) -> str:
 
 
 def environment() -> dict[str, str]:
+    """Versions, of the array libraries that are installed too."""
+    libraries = ("array-api-compat", "torch", "jax")
+    installed = {name: version(name) for name in libraries if find_spec(name.replace("-", "_")) is not None}
     return {
         "pcr": pcr_core.__version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": platform.machine(),
         "system": platform.system(),
+        **installed,
     }
 
 

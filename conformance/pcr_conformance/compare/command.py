@@ -79,10 +79,13 @@ def _summary(rows: list[Row]) -> Table:
         "update": ("update",),
     }
     table = Table(
-        title="largest error over the regimes", box=SIMPLE, pad_edge=False, caption="-: the adapter lacks the dtype"
+        title="largest error over the regimes",
+        box=SIMPLE,
+        padding=0,
+        caption="order: of the coordinates, reversed; bits: repeat; -: the adapter lacks the dtype",
     )
-    for name in ("adapter", "dtype", "size", *kinds, "order", "bits repeat", "ms"):
-        table.add_column(name, no_wrap=name in ("dtype", "size", *kinds))
+    for name in ("adapter", "dtype", "size", *kinds, "order", "bits", "ms"):
+        table.add_column(name, no_wrap=True)
     for key in dict.fromkeys((row.dtype, row.size, row.adapter) for row in rows):
         found = [row for row in rows if (row.dtype, row.size, row.adapter) == key]
         seen = [row for row in found if row.errors is not None and row.order is not None and row.seconds is not None]

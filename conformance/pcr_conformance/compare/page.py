@@ -29,7 +29,8 @@ svg { width: 100%; height: auto } .wide { overflow-x: auto }
 <h1>Numerical comparison</h1><p>$what</p>
 <h2>Error against size</h2>
 <p>Largest error over the regimes. Sums are relative to the product of the norms they are made of, weights to
-themselves, the update in norm. Grey: one unit in the last place of float64, float32 and bfloat16.</p>
+themselves, the update in norm. Grey: one unit in the last place of float64, float32 and bfloat16. An
+error of 0 is drawn at 1e-20.</p>
 $plots
 <h2>Every measurement</h2><div class="wide"><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
 <h2>Agreement of each two adapters</h2>
@@ -103,7 +104,13 @@ def _plots(rows: Sequence[Row]) -> str:
                         worst[row.size] = max(worst.get(row.size, _LEAST), row.errors[quantity])
                 if worst:
                     sizes = sorted(worst)
-                    axes.plot(sizes, [worst[s] for s in sizes], marker=_MARKERS[k % len(_MARKERS)], ms=5, label=adapter)
+                    axes.plot(
+                        sizes,
+                        [worst[s] for s in sizes],
+                        f"C{k % 10}{_MARKERS[k % len(_MARKERS)]}-",
+                        ms=5,
+                        label=adapter,
+                    )
             axes.set(xscale="log", yscale="log", title=quantity, xlabel="coordinates")
         panels[0].set_ylabel(f"error, {dtype} input")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
