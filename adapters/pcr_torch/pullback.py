@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 PAIRS = {1: ((0, 0),), 2: ((0, 0), (1, 1), (0, 1))}
-_CHUNK = 1 << 18  # float64 copies of a chunk stay in cache
+_CHUNK = 1 << 16  # float64 copies of a chunk stay in a cache, and in memory that malloc need not ask for each time
 
 
 @dataclass(frozen=True)
