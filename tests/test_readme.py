@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,20 +48,30 @@ def test_own_loop() -> None:
         return x.log_softmax(-1)[..., 0]
 
     before = token_log_probabilities(model, inputs).detach()
-    scope: dict[str, Any] = {
-        "model": model,
-        "batch": inputs,
-        "token_log_probabilities": token_log_probabilities,
-        "logp_old": before,
-        "logp_ref": before - 0.1,
-        "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
-        "mask": torch.ones(4, 3, dtype=torch.bool),
-        "group_ids": torch.tensor([0, 0, 1, 1]),
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-    }
-    exec(block("method.accumulate"), scope)
-    assert len(scope["report"].blocks) == 2
-    assert all(p.grad is not None for p in model.parameters())
+
+    def part(rows: slice) -> Any:
+        return SimpleNamespace(
+            inputs=inputs[rows],
+            logp_old=before[rows],
+            logp_ref=before[rows] - 0.1,
+            advantages=torch.tensor([1.0, -1.0, 0.5, -0.5])[rows],
+            mask=torch.ones(4, 3, dtype=torch.bool)[rows],
+            group_ids=torch.tensor([0, 0, 1, 1])[rows],
+        )
+
+    gradients = []
+    for batch in ([part(slice(0, 4))], [part(slice(0, 2)), part(slice(2, 4))]):
+        scope: dict[str, Any] = {
+            "model": model,
+            "batches": [batch, batch],
+            "token_log_probabilities": token_log_probabilities,
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.0),
+        }
+        exec(block("method.accumulate"), scope)
+        scope["method"].remove()
+        assert len(scope["report"].blocks) == 2
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients)  # micro-batches add up to the batch, and steps do not add up
 
 
 def test_trl_example_names_things_that_exist() -> None:

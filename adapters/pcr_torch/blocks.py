@@ -142,7 +142,7 @@ def _block(key: str, members: list[tuple[str, _Place]]) -> Block:
 
 
 def _family(name: str) -> str:
-    parts = [part for part in name.split(".") if part not in ("weight", "default", "base_layer")]
+    parts = [part for part in name.split(".") if part not in ("weight", "default", "base_layer")] or [name]
     parts = [part for part in parts if not part.isdigit()] or parts
     return ".".join(parts[-2:]) if len(parts) > 1 and _ADAPTER.match(parts[-1]) else parts[-1]
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pcr_core
-from pcr_core import Objective, Rule, Scatter, TemporalPrior
+from pcr_core import FlatPrior, Objective, Rule, Scatter, TemporalPrior
 from pcr_core.statistics import Strata
 from pcr_torch.batch import check_batch
 from pcr_torch.blocks import Granularity, Selector, select_blocks
@@ -63,7 +63,7 @@ class PCR:
             sharded model, every > 1 where it is not exact, or a wrapper that is not supported, with the reason.
 
     Example:
-        A policy with two tokens' worth of freedom; two prompts, two responses each.
+        Two steps of two micro-batches, each one prompt with two responses.
 
         >>> import torch, pcr_core
         >>> from pcr_torch import PCR
@@ -71,16 +71,22 @@ class PCR:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
         >>> method = PCR(model, blocks="weight", rule=pcr_core.PCR(alpha="snr"))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        >>> prompts, actions = torch.randn(4, 3, 4), torch.randint(5, (4, 3, 1))
-        >>> logp = model(prompts).log_softmax(-1).gather(-1, actions).squeeze(-1)      # (responses, tokens)
-        >>> group_ids = torch.tensor([0, 0, 1, 1])
-        >>> advantages = pcr_core.group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), group_ids)
-        >>> reference = logp.detach() - 0.1
-        >>> mask = torch.ones(4, 3, dtype=torch.bool)
-        >>> objective = pcr_core.grpo_objective(logp, logp.detach(), reference, advantages, mask, beta=0.04)
-        >>> method.accumulate(logp, objective, group_ids=group_ids)
-        >>> report = method.resolve()
-        >>> optimizer.step()
+        >>> def logp_of(prompts, actions):                                              # (responses, tokens)
+        ...     return model(prompts).log_softmax(-1).gather(-1, actions).squeeze(-1)
+        >>> ids, mask = torch.tensor([0, 0]), torch.ones(2, 3, dtype=torch.bool)
+        >>> advantages = pcr_core.group_advantages(torch.tensor([1.0, 0.0]), ids)
+        >>> for step in range(2):
+        ...     optimizer.zero_grad()
+        ...     for part in range(2):
+        ...         prompts, actions = torch.randn(2, 3, 4), torch.randint(5, (2, 3, 1))
+        ...         logp = logp_of(prompts, actions)
+        ...         old, reference = logp.detach(), logp.detach() - 0.1
+        ...         objective = pcr_core.grpo_objective(
+        ...             logp, old, reference, advantages, mask, beta=0.04, normalizer=4  # responses in the whole batch
+        ...         )
+        ...         method.accumulate(logp, objective, group_ids=ids)
+        ...     report = method.resolve()
+        ...     optimizer.step()
         >>> [block.name for block in report.blocks], report.finite
         (['0.weight', '2.weight'], True)
     """
@@ -221,10 +227,13 @@ class PCR:
     @property
     def measuring(self) -> bool:
         """Whether this step takes two backward passes and measures; false in the steps between, with every > 1."""
-        return self._last is None or self._age >= self._every - 1 or not self._last.finite
+        last = self._last
+        if last is None or self._age >= self._every - 1 or not last.finite:
+            return True
+        return not last.statistics.stability_sq.all()  # weights were measured without a KL gradient: there was none yet
 
     def discard(self) -> None:
-        """Forget what was accumulated since the last `resolve`."""
+        """Forget what was accumulated since the last `resolve`, but for what is in `.grad`: zero that as well."""
         self._totals, self._scatter = ({}, {}), None
 
     def remove(self) -> None:
@@ -239,7 +248,7 @@ class PCR:
 
         Of a sharded model the means are DTensors like its parameters, as `torch.distributed.checkpoint` wants them.
         """
-        if self._totals[0] or self._totals[1]:
+        if self._scatter is not None:
             raise RuntimeError("state_dict() between accumulate() and resolve(): resolve or discard first")
         last = None if self._last is None else {"age": self._age, **self._last.state_dict()}
         return {"prior": self._filter.state_dict(), "last": last, "blocks": [block.name for block in self.blocks]}
@@ -255,6 +264,7 @@ class PCR:
                 f"state: it belongs to {len(state['blocks'])} other blocks (first {state['blocks'][:1]}), "
                 f"this model has {len(names)} (first {names[:1]}); build PCR with the same blocks and granularity"
             )
+        self.discard()
         self._filter.load_state_dict(state["prior"])
         last = state.get("last") if self._every > 1 else None
         self._last = None if last is None else Report.from_state(self.blocks, last)
@@ -263,6 +273,7 @@ class PCR:
     def _pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> None:
         ids = check_batch(logp, cotangents, group_ids, self.strata)
         self._refuse_replaced()
+        self._refuse_hooked()
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 raise ValueError(
@@ -307,8 +318,11 @@ class PCR:
                 f"every={every}: one backward pass weights both streams alike for all that is trained, and {what}. Use "
                 "one block for every trainable parameter (granularity='global' with blocks='all', or LoRA), or every=1"
             )
-        if isinstance(self.rule, pcr_core.PCR) and isinstance(self.rule.prior, TemporalPrior):
-            raise ValueError(f"every={every}: TemporalPrior filters each stream by itself, which needs both every step")
+        if isinstance(self.rule, pcr_core.PCR) and not isinstance(self.rule.prior, FlatPrior):
+            raise ValueError(
+                f"every={every}: {type(self.rule.prior).__name__} shrinks each step's streams by that step's noise, "
+                "which has to be measured; use FlatPrior()"
+            )
 
     def _average(self) -> None:
         """Totals and gradients become means over ranks: what some lack is zero there, what all lack stays absent."""
@@ -332,6 +346,19 @@ class PCR:
                     parameter.grad = torch.zeros_like(parameter)
                 tensors.append(parameter.grad)
         average(tensors, self._ranks)
+
+    def _refuse_hooked(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise ValueError(
+                    f"{name} has a post-accumulate-grad hook, which would run before its gradient is resolved "
+                    "(optimizers that step within the backward pass register such); step after resolve() instead"
+                )
+            if self._recorder is not None and name in self._parameters and parameter._backward_hooks:
+                raise ValueError(
+                    f"{name} is in a block and has a hook on its gradient, which the fast path does not run; use "
+                    "norms='loop' (it runs for every response and stream), or change .grad after resolve()"
+                )
 
     def _refuse_replaced(self) -> None:
         for name, parameter in self._parameters.items():

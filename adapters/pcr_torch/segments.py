@@ -140,8 +140,10 @@ def _in_order(output: Tensor) -> Iterator[_Step | None]:
     waiting, seen = [(-start._sequence_nr(), 0, start)], {start}
     while waiting:
         node = heapq.heappop(waiting)[2]
-        # one device runs its nodes latest first; several run theirs side by side
-        if any(into.device != output.device for into in cast(Any, node)._input_metadata):
+        # one device runs its nodes latest first; several run theirs side by side. Hooks on a module's gradients sit in
+        # nodes of their own, which change what passes only when a pass goes on beyond them
+        elsewhere = any(into.device != output.device for into in cast(Any, node)._input_metadata)
+        if elsewhere or node.name() == "BackwardHookFunctionBackward":
             yield None
             return
         separates = not waiting

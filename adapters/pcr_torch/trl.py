@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 import torch
@@ -49,15 +49,24 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
     """
 
     rule: str = field(default="pcr", metadata={"help": f"Conflict rule, one of {', '.join(pcr_core.RULES)}."})
-    alpha: str = field(
-        default="variance", metadata={"help": "'variance' (paper), 'snr', or a number in [0, 1]; for pcr and fixed."}
+    alpha: str | None = field(
+        default=None,
+        metadata={"help": "'variance' (paper), 'snr', or a number in [0, 1]; for pcr and fixed. None: the rule's own."},
     )
-    max_boost: float = field(default=10.0, metadata={"help": "Largest addition to a block's KL weight, over beta."})
+    max_boost: float | None = field(
+        default=None, metadata={"help": "Largest addition to a block's KL weight, over beta; for pcr. None: 10."}
+    )
     prior: str = field(default="flat", metadata={"help": f"Prior of both gradients: {', '.join(pcr_core.PRIORS)}."})
-    discount: float = field(default=0.9, metadata={"help": "Forgetting of the temporal prior, in (0, 1]."})
-    update: str = field(default="anchored", metadata={"help": "'anchored' (adds the KL gradient) or 'literal'."})
-    gate: str = field(default="sign", metadata={"help": "'sign' or 'probability' of the conflict."})
-    conflict: str = field(default="raw", metadata={"help": "'raw' or 'debiased' (without the streams' shared noise)."})
+    discount: float | None = field(
+        default=None, metadata={"help": "Forgetting of the temporal prior, in (0, 1]. None: 0.9."}
+    )
+    update: str | None = field(
+        default=None, metadata={"help": "'anchored' (adds the KL gradient; what None is) or 'literal'."}
+    )
+    gate: str | None = field(default=None, metadata={"help": "'sign' (what None is) or 'probability' of the conflict."})
+    conflict: str | None = field(
+        default=None, metadata={"help": "'raw' (what None is) or 'debiased' (without the streams' shared noise)."}
+    )
     blocks: str = field(default="mlp", metadata={"help": "'mlp', 'all', or a regular expression on parameter names."})
     granularity: str = field(default="tensor", metadata={"help": "One block per tensor, module, layer or global."})
     strata: str = field(default="group", metadata={"help": "'group', or 'batch' to allow groups cut to one response."})
@@ -79,19 +88,19 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
         for name, options in (("granularity", Granularity), ("strata", Strata), ("norms", Norms)):
             if getattr(self, name) not in get_args(options):
                 raise ValueError(f"{name}: expected one of {get_args(options)}, got {getattr(self, name)!r}")
+        if self.every < 1:
+            raise ValueError(f"every: expected an integer >= 1, got {self.every}")
 
     def make_rule(self) -> pcr_core.Rule:
         """The rule these options describe; ValueError for an option that the rule does not have."""
-        defaults = {f.name: f.default for f in fields(PCRConfig)}
-        options: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("alpha", "max_boost", "update", "gate", "conflict")
-            if getattr(self, name) != defaults[name]
-        }
+        names = ("alpha", "max_boost", "update", "gate", "conflict", "discount")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if "discount" in options and self.prior != "temporal":
+            raise ValueError(f"discount: only prior='temporal' has one, and the prior is {self.prior!r}")
         for name, choices in (("update", Update), ("gate", Gate), ("conflict", Conflict)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name}: expected one of {get_args(choices)}, got {getattr(self, name)!r}")
-        return pcr_core.make_rule(self.rule, prior=self.prior, discount=self.discount, **options)
+            if name in options and options[name] not in get_args(choices):
+                raise ValueError(f"{name}: expected one of {get_args(choices)}, got {options[name]!r}")
+        return pcr_core.make_rule(self.rule, prior=self.prior, **options)
 
 
 class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -113,6 +122,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     _tag_names = ("trl", "grpo", "pcr")
     beta: float
     _metrics: Any
+    _step: int
     _buffered_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -158,6 +168,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.method is not None:  # a training that was interrupted may have left a micro-batch behind
+            self.method.discard()
         self._bind(self.model_wrapped)
         return prepared
 
@@ -175,8 +187,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         """TRL's, but for the shuffle before the split into micro-batches: whole groups in place of responses."""
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
-        every = self.args.steps_per_generation * self.num_iterations
-        if self._step % every == 0 or self._buffered_inputs is None:
+        if self._step % self._cycle == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
             batch = trl_utils.split_pixel_values_by_grid(batch)
             batch = shuffle_groups(batch, batch[_GROUP_IDS])
@@ -199,15 +210,22 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         try:
             loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._metrics = defaultdict(lambda: defaultdict(list))  # the next two passes are not to be logged
-            self.beta = 0.0
-            plasticity = self._shared.cotangent(super().compute_loss(model, inputs))
-            self.beta = beta
             still = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
-            stability = self._shared.cotangent(super().compute_loss(model, still))
+            with self._unlogged():
+                self.beta = 0.0
+                plasticity = self._shared.cotangent(super().compute_loss(model, inputs))
+                self.beta = beta
+                stability = self._shared.cotangent(super().compute_loss(model, still))
             self._streams = (self._shared.logp, plasticity, stability, group_ids)
         finally:
             self.beta, self._metrics, self._shared = beta, metrics, None
         return loss.detach()
+
+    def _unlogged(self) -> AbstractContextManager[None]:
+        """Without the collective calls that TRL's metrics make; a quantile of entropies is taken over all processes."""
+        if self.args.top_entropy_quantile < 1:
+            return nullcontext()
+        return _replaced(self.accelerator, gather=lambda tensor: tensor, reduce=lambda tensor, **_: tensor)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if self._shared is None:
@@ -217,7 +235,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         return self._shared.result
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        with _backward_replaced(self.accelerator, self._accumulate):
+        # Trainer.training_step ends in accelerator.backward(loss), with no hook before it
+        with _replaced(self.accelerator, backward=self._accumulate):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             assert self.method is not None
@@ -236,20 +255,31 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         assert self.method is not None
         logp, plasticity, stability, group_ids = self._streams
         self._streams = None
-        share = 1 / self.accelerator.gradient_accumulation_steps
-        self.method.accumulate_cotangents(logp, share * plasticity, share * stability, group_ids=group_ids)
+        self.method.accumulate_cotangents(logp, plasticity, stability, group_ids=group_ids)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.method is not None
         state = _whole(self.method.state_dict())  # of shards a collective call
-        # before the rest: the trainer deletes older checkpoints at the end, and a kill must find a complete one
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        os.makedirs(folder, exist_ok=True)
+        # before the rest: at its end the trainer deletes older checkpoints, which a kill until then must find
         if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            os.makedirs(folder, exist_ok=True)
             torch.save(state, os.path.join(folder, _STATE_FILE))
+        if self._step % self._cycle:  # TRL keeps neither: resumed here, it would sample anew, and out of step
+            torch.save({"step": self._step, "batches": self._buffered_inputs}, self._rollouts(folder))
         super()._save_checkpoint(model, trial)
+
+    def _rollouts(self, folder: str) -> str:
+        """Of each process, the generation batch that a checkpoint within its use has to keep."""
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        return os.path.join(folder, f"pcr_rollouts_{index}_of_{count}.pt")
+
+    @property
+    def _cycle(self) -> int:
+        """Micro-batches that one generation batch serves."""
+        return int(self.args.steps_per_generation * self.num_iterations)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -258,6 +288,18 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         path = os.path.join(checkpoint, _STATE_FILE)
         if not os.path.exists(path):
             raise ValueError(f"checkpoint: {path} is missing; {checkpoint} was not written by PCRTrainer")
+        if self.args.sync_ref_model:
+            raise ValueError("resume_from_checkpoint: TRL saves no reference model, and sync_ref_model has moved it")
+        done = self.state.global_step * self.args.gradient_accumulation_steps
+        if done % self._cycle:
+            rollouts = self._rollouts(checkpoint)
+            if not os.path.exists(rollouts):
+                raise ValueError(
+                    f"checkpoint: {rollouts} is missing. {checkpoint} lies within the use of a generation batch, which "
+                    "can be resumed on as many processes as it was saved on only"
+                )
+            kept = torch.load(rollouts, weights_only=True)
+            self._step, self._buffered_inputs = kept["step"], kept["batches"]
         self._bind(self.model_wrapped).load_state_dict(torch.load(path, weights_only=True))
 
 
@@ -298,13 +340,15 @@ def _whole(state: Any) -> Any:
 
 
 @contextmanager
-def _backward_replaced(accelerator: Any, backward: Any) -> Iterator[None]:
-    """Trainer.training_step ends in accelerator.backward(loss), with no hook before it."""
-    accelerator.backward = backward
+def _replaced(accelerator: Any, **methods: Callable[..., Any]) -> Iterator[None]:
+    """The accelerator with other methods."""
+    for name, method in methods.items():
+        setattr(accelerator, name, method)
     try:
         yield
     finally:
-        del accelerator.backward
+        for name in methods:
+            delattr(accelerator, name)
 
 
 def _refuse_config(config: PCRConfig) -> None:
@@ -317,6 +361,14 @@ def _refuse_config(config: PCRConfig) -> None:
         raise ValueError("entropy_coef: the entropy bonus belongs to neither stream; set it to 0")
     if config.torch_compile:
         raise ValueError("torch_compile: compiled layers bypass the probes; not supported yet")
+    if config.use_liger_kernel or (config.model_init_kwargs or {}).get("use_kernels"):
+        raise ValueError(
+            "use_liger_kernel, use_kernels: fused kernels may overwrite in one backward pass what a second one needs, "
+            "which autograd does not notice; use the model's own layers"
+        )
+    optimizer = str(getattr(config.optim, "value", config.optim))
+    if optimizer.endswith("layerwise") or optimizer in ("lomo", "adalomo"):
+        raise ValueError(f"optim: {optimizer!r} steps within the backward pass, before the gradients are resolved")
     if config.loss_type not in SEPARABLE_LOSSES:
         raise ValueError(f"loss_type: {config.loss_type!r} is not known to be a sum of a reward and a KL term")
     if config.strata == "group":

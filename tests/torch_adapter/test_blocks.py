@@ -101,3 +101,7 @@ def test_everything_frozen_says_so() -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="is frozen"):
         select_blocks(model)
+
+
+def test_a_single_layer_is_a_block() -> None:
+    assert [block.family for block in select_blocks(nn.Linear(4, 5), "all", "tensor")] == ["weight", "bias"]

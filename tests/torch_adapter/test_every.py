@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import pcr_core
 from pcr_torch import PCR, Report
 
-RULE = pcr_core.PCR(alpha="snr", prior=pcr_core.ShrinkagePrior())
+RULE = pcr_core.PCR(alpha="snr")
 
 
 def step(model: nn.Module, method: PCR, seed: int, parts: int = 1) -> tuple[Report, dict[str, Tensor]]:
@@ -105,13 +105,28 @@ def test_what_is_not_finite_is_measured_anew() -> None:
     method.remove()
 
 
+def test_weights_from_before_there_was_a_stability_gradient_are_not_used_again() -> None:
+    """A run starts at its reference, where S = 0 and b is 1 whatever the rule."""
+    model = lora()
+    method = one_block(model, 3)
+    data = batch(n=8)
+    logp = data.logp(model)
+    plasticity = torch.randn_like(logp)
+    method.accumulate_cotangents(logp, plasticity, torch.zeros_like(logp), group_ids=data.group_ids)
+    method.resolve()
+    assert method.measuring
+    assert [step(model, method, seed)[0].measured for seed in range(3)] == [True, False, False]
+    method.remove()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"granularity": "tensor"}, "8 blocks"),
         ({"granularity": "global", "blocks": "lora_A"}, "is in no block"),
         ({"granularity": "global", "every": 0}, "expected an integer >= 1"),
-        ({"granularity": "global", "rule": pcr_core.PCR(prior=pcr_core.TemporalPrior(0.9))}, "TemporalPrior filters"),
+        ({"granularity": "global", "rule": pcr_core.PCR(prior=pcr_core.TemporalPrior(0.9))}, "TemporalPrior shrinks"),
+        ({"granularity": "global", "rule": pcr_core.PCR(prior=pcr_core.ShrinkagePrior())}, "ShrinkagePrior shrinks"),
     ],
 )
 def test_what_is_not_exact_is_refused(options: dict[str, Any], words: str) -> None:

@@ -25,6 +25,20 @@ def run(model: nn.Module, method: PCR, data: Batch, **options: object) -> Any:
     return method.resolve()
 
 
+def accumulate(model: nn.Module, method: PCR) -> None:
+    data = batch()
+    logp = data.logp(model)
+    method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
+
+
+def gradients_of_a_step(model: nn.Module, method: PCR) -> dict[str, Tensor]:
+    accumulate(model, method)
+    method.resolve()
+    found = gradients(model)
+    model.zero_grad()
+    return found
+
+
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -333,3 +347,35 @@ def test_batch_strata_allow_groups_of_one() -> None:
     report = run(model, PCR(model, strata="batch"), lonely)
     assert report.finite
     assert bool((report.statistics.plasticity_var > 0).all())
+
+
+def test_discard_forgets_what_is_not_in_grad() -> None:
+    model = tiny_model("llama")
+    method = PCR(model, rule=pcr_core.GRPO())
+    expected = gradients_of_a_step(model, method)
+    accumulate(model, method)
+    with pytest.raises(RuntimeError, match="between accumulate"):
+        method.state_dict()
+    method.discard()
+    method.state_dict()
+    model.zero_grad()
+    assert_same(gradients_of_a_step(model, method), expected, rtol=0.0)
+    method.remove()
+
+
+@pytest.mark.parametrize("norms", ["fast", "loop"])
+def test_hooks_on_parameters_run_or_are_refused(norms: Any) -> None:
+    model = tiny_model("llama")
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    handle = weight.register_hook(lambda g: 0 * g)
+    method = PCR(model, rule=pcr_core.GRPO(), norms=norms)
+    if norms == "loop":
+        assert not gradients_of_a_step(model, method)["model.layers.0.mlp.up_proj.weight"].any()
+    else:
+        with pytest.raises(ValueError, match="has a hook on its gradient, which the fast path does not run"):
+            accumulate(model, method)
+    handle.remove()
+    model.get_parameter("lm_head.weight").register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="post-accumulate-grad hook"):
+        accumulate(model, method)
+    method.remove()

@@ -148,6 +148,25 @@ def test_segments_that_end_in_several_shapes_or_without_a_gradient() -> None:
     assert_fast_equals_loop(model)
 
 
+class Plain(Skipping):
+    """A chain of layers, whose graph can be divided."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden = hidden + torch.tanh(layer(hidden))
+        out: Tensor = self.head(hidden)
+        return out
+
+
+@pytest.mark.parametrize("place", ["layers.1", "layers.2", "head"])
+def test_hooks_that_change_a_modules_gradients_are_run(place: str) -> None:
+    torch.manual_seed(0)
+    model = Plain()
+    model.get_submodule(place).register_full_backward_hook(lambda module, into, out: tuple(2 * g for g in into))
+    assert_fast_equals_loop(model)
+
+
 def assert_fast_equals_loop(model: nn.Module) -> None:
     tokens = torch.randint(31, (6, 5))
     ids = torch.tensor([0, 0, 0, 1, 1, 1])

@@ -260,6 +260,54 @@ def test_resumed_training_equals_uninterrupted(folder: Path, tmp_path: Path) -> 
     assert all(torch.equal(rest.steps[0][name], whole.steps[2][name]) for name in whole.steps[2])
 
 
+@pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 2}], ids=str)
+def test_resumed_while_a_generation_batch_is_in_use(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, **options}
+    _, whole = train(PCRTrainer, PCRConfig, folder, tmp_path / "whole", **settings)
+    for done in (1, 2):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{done}"
+        _, rest = train(PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=str(checkpoint), **settings)
+        for got, expected in zip(rest.steps, whole.steps[done:], strict=True):
+            assert all(torch.equal(got[name], expected[name]) for name in expected)
+    (tmp_path / "whole" / "checkpoint-1" / "pcr_rollouts_0_of_1.pt").unlink()
+    with pytest.raises(ValueError, match="as many processes as it was saved on"):
+        train(
+            PCRTrainer,
+            PCRConfig,
+            folder,
+            tmp_path / "rest",
+            resume=str(tmp_path / "whole" / "checkpoint-1"),
+            **settings,
+        )
+
+
+def test_a_moved_reference_cannot_be_resumed(folder: Path, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "sync_ref_model": True, "ref_model_sync_steps": 1}
+    train(PCRTrainer, PCRConfig, folder, tmp_path, **options)
+    with pytest.raises(ValueError, match="sync_ref_model has moved it"):
+        train(PCRTrainer, PCRConfig, folder, tmp_path, resume=str(tmp_path / "checkpoint-1"), **options)
+
+
+def test_a_training_that_was_interrupted_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, *args: Any, **_: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer, gradients = train(
+        PCRTrainer, PCRConfig, folder, tmp_path, max_steps=1, gradient_accumulation_steps=2, learning_rate=0.0
+    )
+    interrupt = Interrupt()
+    trainer.add_callback(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupt)
+    for _ in range(2):  # the second starts as clean as can be
+        trainer._step, trainer._buffered_inputs = 0, None
+        torch.manual_seed(5)
+        trainer.train()
+    assert all(torch.equal(gradients.steps[-2][name], g) for name, g in gradients.steps[-1].items())
+
+
 def test_amortised_steps_through_the_trainer_and_resumed_between(folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig
 
@@ -274,7 +322,7 @@ def test_amortised_steps_through_the_trainer_and_resumed_between(folder: Path, t
     }
     trainer, whole = train(PCRTrainer, PCRConfig, folder, tmp_path / "whole", **options)
     logged = [entry["pcr/measured"] for entry in trainer.state.log_history if "pcr/measured" in entry]
-    assert logged == [1.0, 0.0, 0.0, 1.0]
+    assert logged == [1.0, 1.0, 0.0, 0.0]  # the first step starts from the reference, where S = 0
     _, rest = train(
         PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=str(tmp_path / "whole" / "checkpoint-2"), **options
     )
@@ -322,6 +370,11 @@ def config(**options: Any) -> PCRConfig:
         ({"conflict": "debiased", "prior": "temporal"}, "no meaning with TemporalPrior"),
         ({"granularity": "row"}, "granularity: expected one of"),
         ({"gate": "soft"}, "gate: expected one of"),
+        ({"rule": "paper", "max_boost": 10.0}, "rule 'paper' has no option 'max_boost'"),
+        ({"rule": "grpo", "gate": "sign"}, "rule 'grpo' has no option 'gate'"),
+        ({"rule": "fixed", "alpha": "variance"}, "alpha: expected a number"),
+        ({"discount": 0.5}, "discount: only prior='temporal' has one"),
+        ({"every": 0}, "every: expected an integer >= 1"),
     ],
 )
 def test_bad_configurations_are_refused(options: dict[str, Any], message: str) -> None:
@@ -334,6 +387,9 @@ def test_bad_configurations_are_refused(options: dict[str, Any], message: str) -
     [
         ({"entropy_coef": 0.1}, "entropy_coef: the entropy bonus belongs to neither stream"),
         ({"torch_compile": True}, "torch_compile"),
+        ({"model_init_kwargs": {"use_kernels": True}}, "fused kernels may overwrite"),
+        ({"optim": "galore_adamw_layerwise"}, "steps within the backward pass"),
+        ({"optim": "lomo"}, "steps within the backward pass"),
         ({"per_device_train_batch_size": 2, "num_generations": 3, "generation_batch_size": 6}, "single responses"),
     ],
 )
@@ -344,10 +400,14 @@ def test_settings_that_cannot_be_separated_are_refused(
         train(PCRTrainer, PCRConfig, folder, tmp_path, **options)
 
 
-def test_fp16_and_deepspeed_are_refused(folder: Path, tmp_path: Path) -> None:
-    for name, value, message in (("fp16", True, "loss scaler"), ("deepspeed", {"x": 1}, "engine owns the backward")):
+def test_fp16_deepspeed_and_liger_are_refused(folder: Path, tmp_path: Path) -> None:
+    for name, value, message in (
+        ("fp16", True, "loss scaler"),
+        ("deepspeed", {"x": 1}, "engine owns the backward"),
+        ("use_liger_kernel", True, "fused kernels may overwrite"),
+    ):
         bad = config()
-        setattr(bad, name, value)  # transformers itself needs a GPU, or DeepSpeed, to accept these
+        setattr(bad, name, value)  # transformers itself needs a GPU, DeepSpeed or Liger to accept these
         with pytest.raises(ValueError, match=message):
             PCRTrainer(
                 model=str(folder), reward_funcs=reward, args=bad, train_dataset=Dataset.from_dict({"prompt": ["a"]})
@@ -368,6 +428,25 @@ def test_ways_to_split_a_model_that_hide_gradients_are_refused(state: dict[str, 
     accelerator = SimpleNamespace(**({"state": None, "parallelism_config": None} | state))
     with pytest.raises(ValueError, match=message):
         _refuse_trainer(SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(n_gpu=1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distributed_type": SimpleNamespace(value="MEGATRON_LM")}, "engine owns the backward pass"),
+        ({"scaler": object()}, "loss scaler"),
+        ({"aux_loss_enabled": True}, "router's loss belongs to neither stream"),
+        ({"model": SimpleNamespace(is_quantized=True)}, "quantised weights are not supported yet"),
+    ],
+)
+def test_what_shows_once_the_model_is_there_is_refused(change: dict[str, Any], message: str) -> None:
+    fields = {"distributed_type": SimpleNamespace(value="NO"), "scaler": None, "aux_loss_enabled": False, "model": None}
+    found = fields | change
+    accelerator = SimpleNamespace(
+        state=None, distributed_type=found.pop("distributed_type"), scaler=found.pop("scaler")
+    )
+    with pytest.raises(ValueError, match=message):
+        _refuse_trainer(SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(n_gpu=1), **found))
 
 
 def test_stock_config_is_refused(folder: Path) -> None:
