@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,38 +146,40 @@ def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[i
     totals = [torch.empty(height, width, dtype=left.dtype) for _ in factors]
     scratch = torch.empty(2, len(factors), step, width, dtype=left.dtype)
     columns = [right.unbind() for _, right in factors]
-    sums = torch.zeros(n + len(strata), len(pairs), dtype=torch.float64)
+    by_row = np.empty((n + len(strata), len(pairs), step), dtype=scratch.numpy().dtype)
+    sums = np.zeros(by_row.shape[:2])
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         lefts = [left[:, :, rows].mT.unbind() for left, _ in factors]
-        first = [total[rows] for total in totals]
-        later, one = (list(half[:, : len(first[0])].unbind()) for half in scratch)
-        dots: list[float] = []
+        tiles = [total[rows] for total in totals]
+        summed, one = scratch[:, :, : len(tiles[0])]
+        dots = by_row[:, :, : len(tiles[0])]
+        turn = iter(dots)
         for q, members in enumerate(strata):
-            into = later if q else first
             for k, i in enumerate(members):
-                held = one if k else into
+                held = one if k else summed
                 for stream, gradient in enumerate(held):
                     torch.mm(lefts[stream][i], columns[stream][i], out=gradient)
-                dots += _dots(held, pairs)
+                _dots(held.numpy(), next(turn))
                 if k:
-                    _add(into, one)
-            dots += _dots(into, pairs)
-            if q:
-                _add(first, later)
-        sums += torch.tensor(dots, dtype=torch.float64).view(len(sums), len(pairs))
+                    summed.add_(one)
+            _dots(summed.numpy(), next(turn))
+            for tile, part in zip(tiles, summed, strict=True):
+                tile.add_(part) if q else tile.copy_(part)
+        sums += dots.sum(axis=-1, dtype=np.float64)
     # in the order of the loop: the responses of a stratum, then the stratum
     places = [i for q, members in enumerate(strata) for i in (*members, n + q)]
-    by_row = torch.empty_like(sums)
-    by_row[places] = sums
-    return Products(totals, by_row[:n].T, by_row[n:].T)
+    found = torch.empty(len(pairs), len(sums), dtype=torch.float64)
+    found[:, places] = torch.from_numpy(sums.T)
+    return Products(totals, found[:, :n], found[:, n:])
 
 
-def _dots(gradients: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> list[float]:
-    """In float32 within a row, in float64 from there on."""
-    rows = [gradient.numpy() for gradient in gradients]
+def _dots(gradients: Any, into: Any) -> None:
+    """PAIRS of (streams, rows, columns), row by row, into (pairs, rows)."""
     with np.errstate(all="ignore"):  # what is not finite stays so, and is seen by whoever resolves
-        return [np.vecdot(rows[a], rows[b]).sum(dtype=np.float64) for a, b in pairs]
+        if len(gradients) == 2:  # P.S first: it brings both into the cache
+            np.vecdot(gradients[0], gradients[1], out=into[2])
+        np.vecdot(gradients, gradients, out=into[: len(gradients)])
 
 
 def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]], workspace: int) -> Products:

@@ -96,8 +96,10 @@ def row_factors(p: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 def _factors(p: Tensor, s: Tensor, tolerance: float, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factors, whether they hold, and rows whose squares float32 may not hold, of which nothing is said."""
-    p_norm, s_norm = (torch.linalg.vector_norm(t, dim=1) for t in (p, s))
-    factor = torch.mul(p, s, out=scratch).sum(dim=1) / p_norm / p_norm
+    # both sums in one order: where one element outweighs all others a norm loses digits that the product keeps
+    squares = torch.mul(p, p, out=scratch).sum(dim=1)
+    factor = torch.mul(p, s, out=scratch).sum(dim=1) / squares
+    p_norm, s_norm = squares.sqrt(), torch.linalg.vector_norm(s, dim=1)
     rest = torch.linalg.vector_norm(torch.addcmul(s, factor[:, None], p, value=-1, out=scratch), dim=1)
     sure = (p_norm > _SAFE[0]) & (p_norm < _SAFE[1]) & (s_norm > _SAFE[0]) & (s_norm < _SAFE[1])
     return factor, sure & (rest <= tolerance * s_norm), ~sure

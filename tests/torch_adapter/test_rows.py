@@ -44,6 +44,13 @@ def test_multiples_take_no_product(scale: float) -> None:
     assert back.rows == 0
 
 
+def test_one_large_element_hides_no_multiple() -> None:
+    """As where logits come in: the token that was drawn, and thousands that were not."""
+    logits = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    p = nn.functional.one_hot(torch.arange(64), 4096) - logits.softmax(dim=-1)
+    assert row_factors(p, torch.linspace(-3, 3, 64)[:, None] * p)[1].all()
+
+
 def test_rows_that_differ_take_their_own() -> None:
     p, s, weight = streams()
     p[0, :5] = 0  # clipped tokens: the first stream says nothing of the second's direction
