@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"benchmarks/README.md": "benchmarks.md", "CHANGELOG.md": "changelog.md"}
+log = get_plugin_logger("site")
+_CELL = re.compile(r"(?<=<td>).*?(?=</td>)|(?<=<code>)tests/[^<]*", re.DOTALL)  # names too long for a line
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _ITEM = re.compile(r"^([-*+]|\d+\.) ")
 
@@ -19,6 +22,12 @@ def on_files(files: Any, config: Any) -> Any:
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    for address in re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=.(https?://[^\"' >]+)", html):
+        log.warning("%s would load %s when it is read", page.file.src_uri, address)
+    return _CELL.sub(lambda cell: re.sub(r"(_|::|(?<!<)/)(?=\w)", r"\1<wbr>", cell[0]), html)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
