@@ -42,7 +42,7 @@ lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-
 	$(VENV)-lowest/bin/python -m pytest -q -p no:cacheprovider --doctest-modules pcr_core tests/core -m "not slow"
 
 docs: $(VENV)-docs/.ready ## the documentation site, in runs/site/index.html; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs --quiet build --strict --config-file .ci/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict --config-file .ci/mkdocs.yml
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"benchmarks/README.md": "benchmarks.md", "CHANGELOG.md": "changelog.md"}
 log = get_plugin_logger("site")
-_CELL = re.compile(r"(?<=<td>).*?(?=</td>)|(?<=<code>)tests/[^<]*", re.DOTALL)  # names too long for a line
+_CELL = re.compile(r"(?<=<td>).*?(?=</td>)|(?<=<code>)tests/[^<]*", re.DOTALL)  # where names are too long for a line
+_JOINT = re.compile(r"(<[^>]*>)|(_|::|/)(?=\w)")  # tags, and where a name may break
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _ITEM = re.compile(r"^([-*+]|\d+\.) ")
 
@@ -24,14 +25,14 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_content(html: str, page: Any, **_: Any) -> str:
-    for address in re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=.(https?://[^\"' >]+)", html):
-        log.warning("%s would load %s when it is read", page.file.src_uri, address)
-    return _CELL.sub(lambda cell: re.sub(r"(_|::|(?<!<)/)(?=\w)", r"\1<wbr>", cell[0]), html)
-
-
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return _separate_lists(_relink(markdown, page.file))
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    for address in re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=.(https?://[^\"' >]+)", output):
+        log.warning("%s would load %s when it is read", page.file.src_uri, address)
+    return _CELL.sub(lambda cell: _JOINT.sub(lambda found: found[1] or f"{found[2]}<wbr>", cell[0]), output)
 
 
 def _relink(markdown: str, file: Any) -> str:
