@@ -14,6 +14,7 @@ OUTSIDE = {"benchmarks/README.md": "benchmarks.md", "CHANGELOG.md": "changelog.m
 log = get_plugin_logger("site")
 _CELL = re.compile(r"(?<=<td>).*?(?=</td>)|(?<=<code>)tests/[^<]*", re.DOTALL)  # where names are too long for a line
 _JOINT = re.compile(r"(<[^>]*>)|(_|::|/)(?=\w)")  # tags, and where a name may break
+_LINK = re.compile(r"(?P<image>!?)\[(?P<words>[^\]]*)\]\((?![a-z]+:|#)(?P<path>[^)#\s]+)(?P<anchor>[^)\s]*)\)")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _ITEM = re.compile(r"^([-*+]|\d+\.) ")
 
@@ -36,20 +37,22 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
 
 
 def _relink(markdown: str, file: Any) -> str:
-    """Links between docs/ and the rest of the repository, as links between pages."""
+    """Links between docs/ and the rest of the repository: between pages, or the words alone where there is no page."""
     outside = {page: source for source, page in OUTSIDE.items()}
     here = (ROOT / outside.get(file.src_uri, f"docs/{file.src_uri}")).parent
-    depth = file.src_uri.count("/")
+    up = "../" * file.src_uri.count("/")
 
-    def page_of(link: re.Match[str]) -> str:
-        path = (here / link[2]).resolve()
-        if path.is_relative_to(ROOT / "docs"):
-            target = path.relative_to(ROOT / "docs").as_posix()
-        else:
-            target = OUTSIDE.get(path.relative_to(ROOT).as_posix(), "") if path.is_relative_to(ROOT) else ""
-        return f"{link[1]}{'../' * depth}{target}" if target else link[0]
+    def changed(link: re.Match[str]) -> str:
+        path = (here / link["path"]).resolve()
+        if not path.is_relative_to(ROOT) or not path.exists():
+            return link[0]  # mkdocs says what is wrong
+        source = path.relative_to(ROOT).as_posix()
+        page = OUTSIDE.get(source) or (source.removeprefix("docs/") if source.startswith("docs/") else "")
+        if page:
+            return f"{link['image']}[{link['words']}]({up}{page}{link['anchor']})"
+        return link[0] if link["image"] else link["words"]
 
-    return re.sub(r"(\]\()(?![a-z]+:|#)([^)#\s]+)", page_of, markdown)
+    return _LINK.sub(changed, markdown)
 
 
 def _separate_lists(markdown: str) -> str:

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 import pcr_core as pcr
+
+Vector: TypeAlias = NDArray[np.float64]
+Point: TypeAlias = Sequence[float] | Vector
 
 FOLDER = Path(__file__).parent
 WIDTH, HEIGHT, SCALE = 336, 300, 94
@@ -22,7 +27,7 @@ P, S = np.asarray([-1.6, 1.5]), np.asarray([1.2, 0.0])
 NOISE_P, NOISE_S = 0.15, 0.10  # v_p and v_s: traces of the totals' noise, so that alpha is 0.6
 
 
-def two_responses() -> tuple[np.ndarray, np.ndarray]:
+def two_responses() -> tuple[Vector, Vector]:
     """Contributions (2, 2) of two responses to one prompt, whose sums are P and S and whose scatter is the noise."""
     # scatter of (T/2 + d, T/2 - d): 2 (|d|^2 + |d|^2) = 4 |d|^2
     p = np.asarray([0.0, np.sqrt(NOISE_P) / 2])
@@ -30,7 +35,7 @@ def two_responses() -> tuple[np.ndarray, np.ndarray]:
     return np.stack([P / 2 + p, P / 2 - p]), np.stack([S / 2 + s, S / 2 - s])
 
 
-def resolved(rule: pcr.Rule) -> pcr.Resolution[np.ndarray]:
+def resolved(rule: pcr.Rule) -> pcr.Resolution[Vector]:
     plasticity, stability = two_responses()
     return pcr.resolve(plasticity, stability, group_ids=np.asarray([0, 0]), rule=rule)
 
@@ -47,14 +52,12 @@ def picture(title: str, parts: Iterable[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def text(
-    at: Sequence[float], words: str, colour: str = INK, anchor: str = "start", shift: tuple[float, float] = (0, 0)
-) -> str:
+def text(at: Point, words: str, colour: str = INK, anchor: str = "start", shift: tuple[float, float] = (0, 0)) -> str:
     x, y = at[0] + shift[0], at[1] + shift[1]
     return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}">{words}</text>'
 
 
-def line(start: Sequence[float], end: Sequence[float], colour: str, width: float = 1, dashes: str = "") -> str:
+def line(start: Point, end: Point, colour: str, width: float = 1, dashes: str = "") -> str:
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     return (
         f'<line x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}" stroke="{colour}" '
@@ -62,7 +65,7 @@ def line(start: Sequence[float], end: Sequence[float], colour: str, width: float
     )
 
 
-def arrow(start: np.ndarray, end: np.ndarray, colour: str, width: float = 2.5) -> str:
+def arrow(start: Vector, end: Vector, colour: str, width: float = 2.5) -> str:
     along = (end - start) / np.linalg.norm(end - start)
     across = np.asarray([-along[1], along[0]])
     neck = end - 11 * along
@@ -70,12 +73,12 @@ def arrow(start: np.ndarray, end: np.ndarray, colour: str, width: float = 2.5) -
     return line(start, neck, colour, width) + f'<polygon points="{head}" fill="{colour}"/>'
 
 
-def canvas(point: Sequence[float]) -> np.ndarray:
+def canvas(point: Point) -> Vector:
     """Coordinates of the plane of P and S, on the page."""
-    return np.asarray([WIDTH * 0.575, HEIGHT * 0.75]) + SCALE * np.asarray([point[0], -point[1]])
+    return np.asarray([WIDTH * 0.575 + SCALE * point[0], HEIGHT * 0.75 - SCALE * point[1]])
 
 
-def cloud(total: np.ndarray, trace: float, colour: str) -> str:
+def cloud(total: Vector, trace: float, colour: str) -> str:
     x, y = canvas(total)
     return (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{SCALE * np.sqrt(trace / 2):.1f}" fill="{colour}" fill-opacity="0.16"/>'
@@ -112,7 +115,7 @@ def projection() -> str:
 def updates() -> str:
     """The update for the same three."""
     origin = canvas((0, 0))
-    names = {"GRPO": pcr.GRPO(), "PCR": pcr.PCR(), "hard": pcr.HardProjection()}
+    names: dict[str, pcr.Rule] = {"GRPO": pcr.GRPO(), "PCR": pcr.PCR(), "hard": pcr.HardProjection()}
     colours = {"GRPO": PLASTICITY, "PCR": PCR, "hard": OTHER}
     results = {name: resolved(rule) for name, rule in names.items()}
     arrows = [arrow(origin, canvas(results[name].update), colours[name]) for name in ("GRPO", "hard", "PCR")]
