@@ -11,7 +11,7 @@ PINS := pyproject.toml .ci/constraints.txt .ci/without-dependencies.txt
 
 .DEFAULT_GOAL := help
 EXAMPLES ?= 2000
-.PHONY: help demo test lint unit lowest conformance clean
+.PHONY: help demo test lint unit lowest docs conformance clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -19,7 +19,7 @@ help: ## what there is
 demo: $(VENV)/.demo ## train SmolLM2-135M with GRPO + PCR on a reasoning task (about 5 minutes on 2 cores)
 	$(BIN)/pcr-train --model smollm2 --task chain_sum --rule pcr --steps $(STEPS) --seed $(SEED) --out $(OUT)
 
-test: lint lowest unit ## everything that CI runs: format, lint, types, doctests, tests
+test: lint lowest docs unit ## everything that CI runs: format, lint, types, site, doctests, tests
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
@@ -41,6 +41,9 @@ conformance: $(VENV)/.dev ## every law on all of our adapters with EXAMPLES case
 lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-api-compat it supports, and nothing else
 	$(VENV)-lowest/bin/python -m pytest -q -p no:cacheprovider --doctest-modules pcr_core tests/core -m "not slow"
 
+docs: $(VENV)-docs/.ready ## the documentation site, in runs/site/index.html; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict --config-file .ci/mkdocs.yml
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -61,5 +64,11 @@ $(VENV)-lowest/.ready: $(PINS)
 		numpy==2.1.0 array-api-compat==1.11.1 pytest hypothesis mpmath --editable .
 	@touch $@
 
+$(VENV)-docs/.ready: $(PINS)
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .ci/constraints.txt --editable ".[docs]"
+	@touch $@
+
 clean: ## remove the environments and caches, not the runs
-	rm -rf $(VENV) $(VENV)-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-docs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -39,7 +39,8 @@ def resolving(
 
     Args:
         rule: any `pcr_core.Rule`.
-        blocks, granularity: see `select_blocks`.
+        blocks: see `select_blocks`.
+        granularity: the same.
 
     Raises:
         ImportError: optax is not installed.

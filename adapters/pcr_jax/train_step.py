@@ -149,8 +149,11 @@ def make_train_step(
         group_size: responses a prompt; of smaller groups see `Rollouts.present`.
         beta: KL coefficient, >= 0.
         rule: any `pcr_core.Rule`; TemporalPrior needs `init_state(params, optimizer, rule, blocks=blocks)`.
-        blocks, granularity: see `select_blocks`.
-        clip, normalization, importance: see `pcr_core.grpo_objective`. Tokens are counted over the whole batch.
+        blocks: see `select_blocks`.
+        granularity: the same.
+        clip: see `pcr_core.grpo_objective`.
+        normalization: the same; tokens are counted over the whole batch.
+        importance: the same.
         norms: see `pullback`.
         microbatch: responses in one forward pass of the fast path, whole groups; one group by default.
         shardings: for several devices, `jax.tree.map(lambda x: x.sharding, state)`, with all of the state on one mesh.
