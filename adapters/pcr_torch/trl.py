@@ -363,8 +363,8 @@ def _refuse_config(config: PCRConfig) -> None:
         raise ValueError("torch_compile: compiled layers bypass the probes; not supported yet")
     if config.use_liger_kernel or (config.model_init_kwargs or {}).get("use_kernels"):
         raise ValueError(
-            "model_init_kwargs, use_liger_kernel: fused kernels may overwrite in one backward pass what a second one needs, "
-            "which autograd does not notice; use the model's own layers"
+            "model_init_kwargs, use_liger_kernel: fused kernels may overwrite in one backward pass what a second one "
+            "needs, which autograd does not notice; use the model's own layers"
         )
     optimizer = str(getattr(config.optim, "value", config.optim))
     if optimizer.endswith("layerwise") or optimizer in ("lomo", "adalomo"):
