@@ -110,6 +110,7 @@ def pull_fast(
         carried, pull_lower, rest = jax.vjp(lambda x: stages.lower([*x, *flat_zeros]), leaves, has_aux=True)
         logp, pull_upper = jax.vjp(lambda *x: stages.upper([*x[0], *x[1]], x[2], rest)[0], leaves, flat_zeros, carried)
         w_p, w_s = both_cotangents(cotangents, logp, flat)
+        # through the barrier, what both derive from the forward pass is made twice where it is used, not once and held
         pulls = [pull_upper(w_p), jax.lax.optimization_barrier(pull_upper)(w_s)]
         taps_p, taps_s = (jax.tree.unflatten(probed, taps) for _, taps, _ in pulls)
         below = pull_lower(jax.tree.map(jnp.add, pulls[0][2], pulls[1][2]))[0]
