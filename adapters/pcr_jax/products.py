@@ -77,13 +77,13 @@ def three(p: Array, s: Array, *, whole: bool) -> Array:
     wide = wide_dtype()
     p, s = p.reshape(-1), s.reshape(-1)
 
-    def lane_sums(a: Array, b: Array) -> Array:
-        terms = (a * b).reshape(_AT_ONCE, _LANES)
-        return (terms[0] + terms[1]) + (terms[2] + terms[3])  # in pairs, not one after the other
-
     def one_turn(sums: tuple[Array, ...], k: Array) -> tuple[tuple[Array, ...], None]:
-        a, b = (jax.lax.dynamic_slice(x, (k * turn,), (turn,)).astype(wide) for x in (p, s))
-        parts = lane_sums(a, a), lane_sums(b, b), lane_sums(a, b)
+        def term(j: int) -> tuple[Array, ...]:
+            a, b = (jax.lax.dynamic_slice(x, (k * turn + j * _LANES,), (_LANES,)).astype(wide) for x in (p, s))
+            return a * a, b * b, a * b
+
+        # in pairs, not one after the other; slices of a lane's width, which XLA fuses with the sums
+        parts = [(a + b) + (c + d) for a, b, c, d in zip(*(term(j) for j in range(_AT_ONCE)), strict=True)]
         return tuple(total + new for total, new in zip(sums, parts, strict=True)), None
 
     def run(first: Array | int, length: int) -> tuple[Array, ...]:
