@@ -232,10 +232,10 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--amortised", action="store_true", help="four updates with every=4 in place of the table")
     parser.add_argument("--only", nargs="*", help="ways whose name contains one of these, besides vanilla")
-    parser.add_argument("--keep-freed-memory", action="store_true", help="no page faults (glibc)")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="no page faults (glibc); so always in JAX")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
-    if args.keep_freed_memory:
+    if args.keep_freed_memory or args.framework == "jax":
         keep_freed_memory()
     if args.framework == "jax":
         _in_jax(args)

@@ -58,10 +58,14 @@ def compare(ways: Mapping[str, Way], *, repeats: int, device: str, held: int) ->
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed, as the allocator of a GPU does; else page faults vary by 3 % of an update."""
+    """Tells glibc to keep what is freed, as the allocator of a GPU does; else page faults vary by 3 % of an update.
+
+    To be called before threads start: those of JAX have arenas of their own, from which large memory goes back at once.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_max = -1, -4
+        trim_threshold, mmap_max, arena_max = -1, -4, -8
+        libc.mallopt(arena_max, 1)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
 

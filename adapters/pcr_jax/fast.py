@@ -109,7 +109,9 @@ def pull_fast(
         stages = split(model, [*leaves, *flat_zeros], [k for k, leaf in enumerate(place) if leaf in measured])
         carried, pull_lower, rest = jax.vjp(lambda x: stages.lower([*x, *flat_zeros]), leaves, has_aux=True)
         logp, pull_upper = jax.vjp(lambda *x: stages.upper([*x[0], *x[1]], x[2], rest)[0], leaves, flat_zeros, carried)
-        pulls = [pull_upper(w) for w in both_cotangents(cotangents, logp, flat)]
+        w_p, w_s = both_cotangents(cotangents, logp, flat)
+        # through the barrier, what both derive from the forward pass is made twice where it is used, not once and held
+        pulls = [pull_upper(w_p), jax.lax.optimization_barrier(pull_upper)(w_s)]
         taps_p, taps_s = (jax.tree.unflatten(probed, taps) for _, taps, _ in pulls)
         below = pull_lower(jax.tree.map(jnp.add, pulls[0][2], pulls[1][2]))[0]
         # gradients of probed kernels are replaced below, so the compiler drops the products they would take
@@ -186,7 +188,7 @@ def kernel_products(
     width = _tile_width(x.shape[-1], dp.shape[-1])
     nothing = (jnp.zeros((width, dp.shape[-1]), accumulate),) * 2
 
-    def one_tile(_: None, tile: Array) -> Any:
+    def one_tile(totals: tuple[Array, Array], tile: Array) -> Any:
         def one_response(sums: Any, row: Any) -> Any:
             x, *dys = row
             x = jax.lax.dynamic_slice_in_dim(x, tile * width, width, axis=1)
@@ -197,11 +199,16 @@ def kernel_products(
             sums, products = jax.lax.scan(one_response, nothing, rows, unroll=min(group_size, _UNROLL))
             return add(totals, sums), (products, three(*sums, whole=whole))
 
-        return None, jax.lax.scan(one_group, nothing, rows)
+        parts, products = jax.lax.scan(one_group, nothing, rows)
+        put = jax.lax.dynamic_update_slice_in_dim
+        p, s = (put(total, part, tile * width, axis=0) for total, part in zip(totals, parts, strict=True))
+        return (p, s), products
 
-    _, (totals, (response, stratum)) = jax.lax.scan(one_tile, None, jnp.arange(x.shape[-1] // width))
-    p, s = (total.reshape(x.shape[-1], dp.shape[-1]) for total in totals)
-    return (p, s), response.sum(axis=0).reshape(-1, 3), stratum.sum(axis=0)
+    shape = x.shape[-1], dp.shape[-1]
+    # overwritten by the tiles; made of dp, since XLA makes constants long before they are needed, and holds them
+    start = tuple(jnp.broadcast_to(dy.reshape(-1)[0], shape).astype(accumulate) for dy in (dp, ds))
+    totals, (response, stratum) = jax.lax.scan(one_tile, start, jnp.arange(shape[0] // width))
+    return totals, response.sum(axis=0).reshape(-1, 3), stratum.sum(axis=0)
 
 
 def _tile_width(inputs: int, outputs: int) -> int:

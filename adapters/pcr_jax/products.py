@@ -21,9 +21,9 @@ from pcr_jax.blocks import Blocks
 from pcr_jax.sharding import Axes, Layout
 
 _PART = 128
-_LANES = 1 << 14  # with 4 turns of the loop at once, what a core's cache holds
-_UNROLL = 4
-_RUN = 64  # turns that a lane adds before its sum is added to others: equal terms round alike in all lanes
+_LANES = 1 << 14
+_AT_ONCE = 4  # terms of a lane that are read in a turn of the loop; with them, what a core's cache holds
+_RUN = 32  # turns that a lane adds before its sum is added to others: equal terms round alike in all lanes
 
 
 def wide_dtype() -> Any:
@@ -70,19 +70,25 @@ def in_one_piece(layout: Layout | None) -> bool:
 
 def three(p: Array, s: Array, *, whole: bool) -> Array:
     """(3,) p.p, s.s and p.s; `whole`: of arrays that are in one piece."""
-    turns = p.size // _LANES
-    if not whole or turns < _UNROLL:
+    turn = _LANES * _AT_ONCE
+    turns = p.size // turn
+    if not whole or not turns:
         return jnp.stack([inner(p, p), inner(s, s), inner(p, s)])
     wide = wide_dtype()
     p, s = p.reshape(-1), s.reshape(-1)
 
     def one_turn(sums: tuple[Array, ...], k: Array) -> tuple[tuple[Array, ...], None]:
-        a, b = (jax.lax.dynamic_slice(x, (k * _LANES,), (_LANES,)).astype(wide) for x in (p, s))
-        return tuple(total + new for total, new in zip(sums, (a * a, b * b, a * b), strict=True)), None
+        def term(j: int) -> tuple[Array, ...]:
+            a, b = (jax.lax.dynamic_slice(x, (k * turn + j * _LANES,), (_LANES,)).astype(wide) for x in (p, s))
+            return a * a, b * b, a * b
+
+        # in pairs, not one after the other; slices of a lane's width, which XLA fuses with the sums
+        parts = [(a + b) + (c + d) for a, b, c, d in zip(*(term(j) for j in range(_AT_ONCE)), strict=True)]
+        return tuple(total + new for total, new in zip(sums, parts, strict=True)), None
 
     def run(first: Array | int, length: int) -> tuple[Array, ...]:
         nothing = (jnp.zeros(_LANES, wide),) * 3
-        sums: tuple[Array, ...] = jax.lax.scan(one_turn, nothing, first + jnp.arange(length), unroll=_UNROLL)[0]
+        sums: tuple[Array, ...] = jax.lax.scan(one_turn, nothing, first + jnp.arange(length))[0]
         return sums
 
     def one_run(sums: tuple[Array, ...], k: Array) -> tuple[tuple[Array, ...], None]:
@@ -92,8 +98,7 @@ def three(p: Array, s: Array, *, whole: bool) -> Array:
     lanes = run(runs * _RUN, turns % _RUN)
     if runs:
         lanes, _ = jax.lax.scan(one_run, lanes, jnp.arange(runs))
-    ones, rest = jnp.ones(_LANES, wide), (x[turns * _LANES :] for x in (p, s))
-    a, b = rest
+    ones, (a, b) = jnp.ones(_LANES, wide), (x[turns * turn :] for x in (p, s))
     return jnp.stack([inner(x, ones) for x in lanes]) + jnp.stack([inner(a, a), inner(b, b), inner(a, b)])
 
 
