@@ -22,8 +22,8 @@ from pcr_jax.sharding import Axes, Layout
 
 _PART = 128
 _LANES = 1 << 14
-_AT_ONCE = 4  # terms of a lane that are read in a turn of the loop; with them, what a core's cache holds
-_RUN = 32  # turns that a lane adds before its sum is added to others: equal terms round alike in all lanes
+_AT_ONCE = 8  # terms of a lane that are read in a turn of the loop; with them, what a core's cache holds
+_RUN = 16  # turns that a lane adds before its sum is added to others: equal terms round alike in all lanes
 
 
 def wide_dtype() -> Any:
@@ -83,7 +83,7 @@ def three(p: Array, s: Array, *, whole: bool) -> Array:
             return a * a, b * b, a * b
 
         # in pairs, not one after the other; slices of a lane's width, which XLA fuses with the sums
-        parts = [(a + b) + (c + d) for a, b, c, d in zip(*(term(j) for j in range(_AT_ONCE)), strict=True)]
+        parts = [_pairwise(terms) for terms in zip(*(term(j) for j in range(_AT_ONCE)), strict=True)]
         return tuple(total + new for total, new in zip(sums, parts, strict=True)), None
 
     def run(first: Array | int, length: int) -> tuple[Array, ...]:
@@ -100,6 +100,12 @@ def three(p: Array, s: Array, *, whole: bool) -> Array:
         lanes, _ = jax.lax.scan(one_run, lanes, jnp.arange(runs))
     ones, (a, b) = jnp.ones(_LANES, wide), (x[turns * turn :] for x in (p, s))
     return jnp.stack([inner(x, ones) for x in lanes]) + jnp.stack([inner(a, a), inner(b, b), inner(a, b)])
+
+
+def _pairwise(terms: Sequence[Array]) -> Array:
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+    return terms[0]
 
 
 def block_products(

@@ -13,7 +13,7 @@ from pcr_torch.distributed import like, local
 from pcr_torch.pullback import inner, total_dtype, wide_dtype
 
 _ROW = 1 << 10  # float32 dot products of this length err by 5e-7 of |a||b| at most, also where all terms are equal
-_PART = 1 << 17  # operands of this length stay in a cache
+_PART = 1 << 18  # operands of this length stay in a cache, and calls are few
 _NEARLY_ORTHOGONAL = 1e-2
 _SAFE = (1e-28, 1e36)  # squares of a gradient that float32 holds without loss
 _CHUNK = 1 << 24  # of _wide_products: float64 copies held at once
