@@ -88,6 +88,14 @@ def test_large_statistics_are_finite_though_their_sum_is_not() -> None:
     assert w.stability == 1
 
 
+def test_noise_to_signal() -> None:
+    """Noise without signal is infinite; unknown noise stays unknown."""
+    assert pcr.GRPO()(_stats(s2=0.0, vs=2.0)).stability_nsr == math.inf
+    assert pcr.GRPO()(_stats(s2=0.0, vs=0.0)).stability_nsr == 0
+    assert pcr.GRPO()(_stats(s2=4.0, vs=2.0)).stability_nsr == 0.5
+    assert np.isnan(pcr.GRPO()(_stats(s2=0.0, vs=math.nan)).stability_nsr)
+
+
 def test_ratio() -> None:
     got = ratio(np, np.asarray([1.0, 1.0, 0.0, 3.0]), np.asarray([4.0, 0.0, 0.0, -0.5]), empty=0.25)
     np.testing.assert_array_equal(got, [0.25, 0.25, 0.25, -6.0])

@@ -32,7 +32,7 @@ def test_selects(blocks: Any, is_mlp: bool, expected: bool | str) -> None:
 
 
 def test_what_is_not_a_selector() -> None:
-    with pytest.raises(TypeError, match="blocks: expected 'mlp', 'all'.* got 3"):
+    with pytest.raises(TypeError, match=r"blocks: expected 'mlp', 'all'.* got 3"):
         selects(3, "w", None, True)
     with pytest.raises(ValueError, match=r"blocks: '\(' is not a regular expression"):
         selects("(", "w", None, True)
