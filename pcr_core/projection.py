@@ -207,5 +207,4 @@ def report(
 
 
 def _noise_to_signal(xp: Any, v: Any, sq: Any) -> Any:
-    noisy = (sq == 0) & (v > 0)
-    return xp.where(noisy, xp.full_like(v, math.inf), ratio(xp, v, sq))
+    return xp.where((sq == 0) & (v != 0), v + math.inf, ratio(xp, v, sq))  # a NaN stays one
