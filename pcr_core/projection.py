@@ -96,12 +96,12 @@ def conflict_probability(stats: BlockStatistics[ArrayT], c: ArrayT) -> ArrayT:
     d = xp.sqrt(stats.size)
     p, s = (_root(xp, sq) / d for sq in (stats.plasticity_sq, stats.stability_sq))
     up, us = (_root(xp, v) for v in (stats.plasticity_var, stats.stability_var))
-    parts = (up * s, us * p, up * us / d)
-    scale = xp.maximum(xp.maximum(parts[0], parts[1]), parts[2])
+    parts = xp.stack((up * s, us * p, up * us / d))
+    scale = xp.max(parts, axis=0)
     noisy = scale > 0
     one = xp.ones_like(scale)
     safe = xp.where(noisy, scale, one)
-    deviation = safe * xp.sqrt(xp.where(noisy, sum((x / safe) ** 2 for x in parts), one))
+    deviation = safe * xp.sqrt(xp.where(noisy, xp.sum((parts / safe) ** 2, axis=0), one))
     value: Any = c
     certain = xp.astype(value < 0, value.dtype)
     soft = 0.5 * erfc(xp, value / deviation / math.sqrt(2))

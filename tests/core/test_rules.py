@@ -43,6 +43,36 @@ def test_frozen_values(rule: pcr.Rule, expected: tuple[float, float]) -> None:
     assert _ab(rule) == pytest.approx(expected, rel=1e-15)
 
 
+def test_shrinkage_scales_both_streams() -> None:
+    """Gains 3/4 and 1/2: p and s have squares 9/4 and 1/4, debiased product -3/16, ratios 3 and 1: alpha is 1/4."""
+    rule = pcr.PCR(alpha="snr", prior=pcr.ShrinkagePrior(), conflict="debiased")
+    w = rule(_stats(vp=1.0, vs=0.5))
+    assert (w.alpha, w.plasticity, w.stability) == (0.25, 0.75, 0.5 * (1 + 0.1875))
+    assert w.removed == pytest.approx(0.1875 * 0.5 / 1.5)
+
+
+def test_cap_of_the_default() -> None:
+    assert _ab(pcr.PCR(), s2=1e-4) == (1, 11)
+    assert _ab(pcr.PCR(max_boost=0.0)) == (1, 1)
+    assert _ab(pcr.PCR.paper(), s2=2.0**-14) == (1, 1 + 0.75 * 2**14)
+
+
+@pytest.mark.parametrize(("p2", "s2", "a"), [(1.0, 9.0, 1.0), (9.0, 1.0, 0.0), (2.0, 2.0, 0.5)])
+def test_mgda_stays_between_the_gradients(p2: float, s2: float, a: float) -> None:
+    assert _ab(pcr.MGDA(), p2=p2, s2=s2, c=2.0) == (a, 1 - a)
+
+
+def test_constants_need_no_statistics() -> None:
+    w = pcr.GRPO()(_stats(c=math.nan))
+    assert (w.plasticity, w.stability, w.finite, w.alpha) == (1, 1, False, 0)
+    assert np.isnan(_ab(pcr.HardProjection(), c=math.nan)).all()
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, 1, 1.0])
+def test_ends_of_alpha(alpha: float) -> None:
+    assert _ab(pcr.PCR(alpha=alpha)) == _ab(pcr.FixedAlpha(alpha)) == (1, 1 + alpha)
+
+
 def test_limits_of_certainty() -> None:
     """A certain stability gradient gives the hard projection, a certain plasticity gradient none at all."""
     assert _ab(pcr.PCR.paper(), vs=0.0) == _ab(pcr.HardProjection())
