@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ GOOD: dict[str, Any] = {
         ({"stability": P.astype(complex)}, TypeError, "stability: expected a real floating dtype, got complex128"),
         ({"plasticity": P.tolist()}, TypeError, "plasticity: expected an array .* got builtins.list"),
         ({"sizes": (1, 2)}, ValueError, r"sizes: expected positive numbers that add up to 2, got \(1, 2\)"),
+        ({"sizes": (1,)}, ValueError, r"sizes: expected positive numbers that add up to 2, got \(1,\)"),
         ({"sizes": (0, 2)}, ValueError, "sizes: expected positive"),
         ({"strata": "prompt"}, ValueError, r"strata: expected one of \('group', 'batch'\), got 'prompt'"),
     ],
@@ -61,6 +63,17 @@ def test_state_without_a_filter() -> None:
     state = pcr.resolve(P, -P, group_ids=IDS, rule=rule).state
     with pytest.raises(ValueError, match="state: only PCR with TemporalPrior"):
         pcr.resolve(P, -P, group_ids=IDS, state=state)
+
+
+def test_state_of_another_model() -> None:
+    rule = pcr.PCR(prior=pcr.TemporalPrior())
+    state = pcr.resolve(P, -P, group_ids=IDS, rule=rule).state
+    assert state is not None
+    with pytest.raises(ValueError, match=r"state: expected shape \(1,\).*got \(2,\)"):
+        pcr.resolve(P[:, :1], -P[:, :1], group_ids=IDS, rule=rule, state=state)
+    whole = replace(state, plasticity_mean=np.asarray([1, 2]))
+    with pytest.raises(TypeError, match="state: expected a real floating dtype, got int64"):
+        pcr.resolve(P, -P, group_ids=IDS, rule=rule, state=whole)
 
 
 def test_mixed_libraries() -> None:

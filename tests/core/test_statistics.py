@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pcr_core as pcr
+from pcr_core import statistics
 
 DRAWS = 2000
 
@@ -69,6 +70,19 @@ def test_dense_and_streamed_statistics_agree() -> None:
         c = pcr.stratified_covariance((pb * sb).sum(1), (sums_p * sums_s).sum(1), ids)
         np.testing.assert_allclose(v, stats.plasticity_var[i], rtol=1e-12)
         np.testing.assert_allclose(c, stats.covariance[i], rtol=1e-12)
+
+
+def test_without_float64_the_statistics_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group means are then formed without a matmul, whose precision an accelerator may lower."""
+    x, ids = _draws(3, 4, 6, spread=1.0)
+    p, s = x[0].astype(np.float32)
+    shuffled = np.random.default_rng(0).permutation(ids)
+    wide = pcr.contribution_statistics(p, s, group_ids=shuffled, sizes=(2, 4))
+    monkeypatch.setattr(statistics, "widest_float", lambda xp, x: xp.float32)
+    narrow = pcr.contribution_statistics(p, s, group_ids=shuffled, sizes=(2, 4))
+    assert narrow.plasticity_var.dtype == np.float32
+    for name, expected in vars(wide).items():
+        np.testing.assert_allclose(getattr(narrow, name), expected, rtol=1e-4)
 
 
 def test_stratified_variance_by_block_and_empty_strata() -> None:
