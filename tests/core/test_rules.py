@@ -68,6 +68,11 @@ def test_constants_need_no_statistics() -> None:
     assert np.isnan(_ab(pcr.HardProjection(), c=math.nan)).all()
 
 
+def test_pcgrad_projects_in_conflict_only() -> None:
+    assert _ab(pcr.PCGrad(), c=0.5) == (1, 1)
+    assert _ab(pcr.PCGrad(), c=-2.0) == (1.5, 3)
+
+
 @pytest.mark.parametrize("alpha", [0, 0.0, 1, 1.0])
 def test_ends_of_alpha(alpha: float) -> None:
     assert _ab(pcr.PCR(alpha=alpha)) == _ab(pcr.FixedAlpha(alpha)) == (1, 1 + alpha)
@@ -131,6 +136,8 @@ def test_make_rule_passes_options() -> None:
     assert made == pcr.PCR(prior=pcr.TemporalPrior(0.5), alpha="snr", max_boost=2.0)
     assert pcr.make_rule("paper", update="literal") == pcr.PCR.paper(update="literal")
     assert pcr.make_rule("paper") == pcr.PCR(max_boost=math.inf)
+    assert pcr.make_rule("pcr", prior="temporal") == pcr.PCR(prior=pcr.TemporalPrior())
+    assert pcr.make_rule("fixed", alpha="0.25") == pcr.FixedAlpha(0.25)
 
 
 @pytest.mark.parametrize(
