@@ -54,6 +54,7 @@ def test_resolve(changes: dict[str, Any], error: type[Exception], message: str) 
 def test_batch_strata_allow_single_responses() -> None:
     res = pcr.resolve(P, -P, group_ids=np.asarray([0, 1, 2]), strata="batch")
     assert np.isfinite(res.update).all()
+    assert pcr.resolve(P[:2], -P[:2], group_ids=IDS[:2], strata="batch").weights.finite
     with pytest.raises(ValueError, match="group_ids: one response"):
         pcr.resolve(P[:1], -P[:1], group_ids=IDS[:1], strata="batch")
 
@@ -167,6 +168,7 @@ def test_rule_options(make: Any, error: type[Exception], message: str) -> None:
         ((np.ones(3), np.ones(1), IDS.astype(float)), TypeError, "stratum_ids: expected integers"),
         ((np.ones(3), np.ones(2), np.asarray([0, 0, 1])), ValueError, "stratum_ids: a stratum of one"),
         ((np.ones(4), np.ones(1), np.asarray([0, 0, 1, 1])), ValueError, r"stratum_ids: .*\[0, 1\)"),
+        ((np.ones((4, 3)), np.ones((2, 3)), np.asarray([0, 0, 3, 3])), ValueError, r"stratum_ids: .*\[0, 2\)"),
         ((np.ones(2), np.ones(1), np.asarray([-1, -1])), ValueError, "stratum_ids"),
         ((np.ones((3, 2)), np.ones((1, 3)), IDS), ValueError, "stratum_dot: expected shape"),
         ((np.ones((3, 2, 1)), np.ones(1), IDS), ValueError, "response_dot: expected shape"),

@@ -92,6 +92,18 @@ def test_stratified_variance_by_block_and_empty_strata() -> None:
     np.testing.assert_array_equal(v, [4.0, 0.0])
 
 
+def test_small_variance_by_hand() -> None:
+    """Responses of 0 and 1/2, about their mean: twice 2 (1/4)^2."""
+    assert pcr.stratified_variance(np.asarray([0.0, 0.25]), np.asarray([0.25]), np.asarray([0, 0])) == 0.25
+
+
+def test_pooled_variance_by_hand() -> None:
+    """Responses of 0, 1, 2 about their mean, times 3/2; any ids will do."""
+    c = np.asarray([[0.0], [1.0], [2.0]])
+    stats = pcr.contribution_statistics(c, -2 * c, group_ids=np.asarray([5, 6, 7]), strata="batch")
+    assert (stats.plasticity_var, stats.stability_var, stats.covariance) == (3, 12, -6)
+
+
 def test_variance_is_never_negative() -> None:
     """Equal contributions: the difference of equal numbers rounds to either side of zero."""
     rng = np.random.default_rng(3)
