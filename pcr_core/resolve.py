@@ -143,8 +143,7 @@ def _filter(
 
 def _spread(xp: Any, per_block: Any, sizes: tuple[int, ...]) -> Any:
     """(blocks,) -> (d,)"""
-    parts = [xp.broadcast_to(per_block[i : i + 1], (size,)) for i, size in enumerate(sizes)]
-    return parts[0] if len(parts) == 1 else xp.concat(parts)
+    return xp.concat([xp.broadcast_to(per_block[i : i + 1], (size,)) for i, size in enumerate(sizes)])
 
 
 def _block_sums(xp: Any, x: Any, sizes: tuple[int, ...]) -> Any:

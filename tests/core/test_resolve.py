@@ -38,9 +38,14 @@ def test_the_filter_by_hand() -> None:
     np.testing.assert_array_equal(first.state.plasticity_mean, [4, 2, 2])
     np.testing.assert_array_equal(first.state.stability_mean, [-1, 1, 3])
     np.testing.assert_allclose(first.state.plasticity_var, [8, 0], atol=1e-30)
-    second = pcr.resolve(2 * P, -S, group_ids=IDS, sizes=(2, 1), rule=rule, state=first.state)
+    second = pcr.resolve(2 * P, 2 * S, group_ids=IDS, sizes=(2, 1), rule=rule, state=first.state)
     assert second.state is not None
-    # v_p = 32 against 8/discount: gain 1/3; v_s = 2 against 4, and 1 against 2: gain 2/3; no noise: gain 1
-    np.testing.assert_allclose(second.state.plasticity_mean, [4 + 4 / 3, 2 + 2 / 3, 4], rtol=1e-15)
-    np.testing.assert_allclose(second.state.stability_mean, [1 / 3, -1 / 3, -1], rtol=1e-15)
+    # v_p = 32 against 8/discount: gain 1/3, as for v_s = 8 against 4 and 4 against 2; without noise it is 1
+    np.testing.assert_allclose(second.state.plasticity_mean, [16 / 3, 8 / 3, 4], rtol=1e-15)
+    np.testing.assert_allclose(second.state.stability_mean, [-4 / 3, 4 / 3, 4], rtol=1e-15)
     np.testing.assert_allclose(second.state.plasticity_var, [32 / 3, 0], rtol=1e-15, atol=1e-30)
+    np.testing.assert_allclose(second.state.stability_var, [8 / 3, 4 / 3], rtol=1e-15)
+    # the means decide: p.s/|s|^2 = -1 and alpha = 4/5 again
+    np.testing.assert_allclose(second.weights.stability, [1.8, 1], rtol=1e-15)
+    np.testing.assert_allclose(second.weights.cosine, [-(0.1**0.5), 1], rtol=1e-15)
+    np.testing.assert_allclose(second.update, [16 / 3 - 2.4, 8 / 3 + 2.4, 8], rtol=1e-15)
