@@ -44,11 +44,13 @@ def test_frozen_values(rule: pcr.Rule, expected: tuple[float, float]) -> None:
 
 
 def test_shrinkage_scales_both_streams() -> None:
-    """Gains 3/4 and 1/2: p and s have squares 9/4 and 1/4, debiased product -3/16, ratios 3 and 1: alpha is 1/4."""
+    """Gains 3/4 and 1/2: squares 9/4 and 1, debiased product -9/16, signal-to-noise ratios 3 and 1: alpha is 1/4."""
     rule = pcr.PCR(alpha="snr", prior=pcr.ShrinkagePrior(), conflict="debiased")
-    w = rule(_stats(vp=1.0, vs=0.5))
-    assert (w.alpha, w.plasticity, w.stability) == (0.25, 0.75, 0.5 * (1 + 0.1875))
-    assert w.removed == pytest.approx(0.1875 * 0.5 / 1.5)
+    w = rule(_stats(p2=4.0, vp=1.0, s2=4.0, vs=2.0, c=-2.0, vps=-0.5))
+    boost = 9 / 64
+    assert (w.alpha, w.plasticity) == (0.25, 0.75)
+    assert w.stability == pytest.approx(0.5 * (1 + boost), rel=1e-15)
+    assert w.removed == pytest.approx(boost / 1.5, rel=1e-15)
 
 
 def test_cap_of_the_default() -> None:
