@@ -229,7 +229,7 @@ def contribution_statistics(
                 zero + size,
             )
         )
-    return BlockStatistics(*(xp.stack(column) for column in zip(*rows, strict=True)))
+    return BlockStatistics(*(xp.stack(column) for column in zip(*rows)))
 
 
 def _centred(xp: Any, c: Any, ids: Any, strata: Strata, name: str) -> tuple[Any, Any]:

@@ -88,7 +88,8 @@ def test_without_float64_the_statistics_are_the_same(monkeypatch: pytest.MonkeyP
 def test_stratified_variance_by_block_and_empty_strata() -> None:
     sq = np.asarray([[1.0, 4.0], [9.0, 4.0], [1.0, 0.0], [1.0, 0.0]])
     totals = np.asarray([[16.0, 16.0], [0.0, 0.0], [4.0, 0.0]])  # nobody is in stratum 1
-    v = pcr.stratified_variance(sq, totals, np.asarray([0, 0, 2, 2]))
+    with np.errstate(all="raise"):  # nothing is divided by nobody
+        v = pcr.stratified_variance(sq, totals, np.asarray([0, 0, 2, 2]))
     np.testing.assert_array_equal(v, [4.0, 0.0])
 
 
@@ -140,6 +141,29 @@ def test_float32_sums_are_accurate(library: str) -> None:
     scale = np.linalg.norm(big_p) * np.linalg.norm(big_s)
     assert abs(float(stats.dot[0]) - float(big_p @ big_s)) < 1e-12 * scale
     assert float(stats.plasticity_sq[0]) == pytest.approx(float(big_p @ big_p), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ids", "strata", "known"),
+    [
+        ([0, 0, 0], 1, True),
+        ([0, 0, 0], 2, True),  # nobody in the second
+        ([0, 0, 1], 2, False),  # alone
+        ([0, 0, 2], 2, False),  # an id without a stratum, beside an empty one
+        ([0, 0, 7], 1, False),
+        ([0, 7, 7], 1, False),  # that, and alone
+        ([7, 7, 7], 1, False),
+        ([-1, -1, -1], 1, False),
+    ],
+)
+def test_bad_strata_are_nan_where_values_cannot_be_seen(
+    ids: list[int], strata: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "is_traced", lambda *arrays: True)
+    with np.errstate(all="ignore"):
+        v = pcr.stratified_covariance(np.asarray([1.0, 4.0, 0.9]), np.asarray([8.0, 1.0])[:strata], np.asarray(ids))
+    assert np.isfinite(v) == known
+    assert np.isnan(v) == (not known)
 
 
 def test_bad_strata_under_jit_are_nan() -> None:
