@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pcr_core as pcr
-from pcr_core.projection import ratio
+from pcr_core.projection import _root, ratio
 
 PHI = 0.5 * math.erfc(1 / math.sqrt(2))  # P(x < -1) of a standard normal x
 
@@ -99,3 +99,8 @@ def test_noise_to_signal() -> None:
 def test_ratio() -> None:
     got = ratio(np, np.asarray([1.0, 1.0, 0.0, 3.0]), np.asarray([4.0, 0.0, 0.0, -0.5]), empty=0.25)
     np.testing.assert_array_equal(got, [0.25, 0.25, 0.25, -6.0])
+
+
+def test_root() -> None:
+    """What rounding leaves below zero counts as zero."""
+    np.testing.assert_array_equal(_root(np, np.asarray([4.0, 0.25, 0.0, -1e-9, np.nan])), [2.0, 0.5, 0.0, 0.0, np.nan])
