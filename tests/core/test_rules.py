@@ -36,6 +36,7 @@ def _ab(rule: pcr.Rule, **stats: float) -> tuple[float, float]:
         (pcr.PCR(max_boost=0.5), (1, 1.5)),
         (pcr.PCR(alpha="snr"), (1, 1 + 3 / 7)),  # q_p = 4/3, q_s = 1
         (pcr.PCR(conflict="debiased"), (1, 1 + 0.75 * 0.5)),
+        (pcr.PCR(gate="probability"), (1, 1 + 0.75 * 0.5 * math.erfc(-(0.1**0.5)))),  # c = -1 of variance 5
         (pcr.PCR(prior=pcr.ShrinkagePrior(), alpha=0.5), (0.25, 0)),  # S is no more than its noise
     ],
 )
