@@ -149,4 +149,4 @@ def _spread(xp: Any, per_block: Any, sizes: tuple[int, ...]) -> Any:
 def _block_sums(xp: Any, x: Any, sizes: tuple[int, ...]) -> Any:
     """(d,) -> (blocks,)"""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return xp.stack([xp.sum(x[end - size : end]) for end, size in zip(ends, sizes, strict=True)])
+    return xp.stack([xp.sum(x[end - size : end]) for end, size in zip(ends, sizes)])

@@ -57,6 +57,13 @@ def test_clip_by_hand(ratio: float, advantage: float, loss: float, cotangent: fl
     assert float(obj.clip_fraction) == float(cotangent == 0 and advantage != 0)
 
 
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_at_the_bound_the_gradient_passes(advantage: float) -> None:
+    """On-policy every ratio is 1; without any room around it, the step is still the policy gradient's."""
+    obj = _call(1.0, advantage, clip=(0.0, 0.0))
+    assert (float(obj.plasticity_cotangent[0, 0]), float(obj.clip_fraction)) == (-advantage, 0)
+
+
 def test_reference_pulls_back() -> None:
     """Where the policy is more likely than the reference, descent on the KL lowers logp; the loss is never negative."""
     gap = np.asarray([[-0.5, 0.0, 0.5, 1e-9]])
