@@ -103,6 +103,7 @@ def test_mixed_devices() -> None:
         ({"clip": (0.2, -0.1)}, ValueError, "clip: "),
         ({"clip": (math.nan, 0.2)}, ValueError, "clip: "),
         ({"clip": (0.2,)}, ValueError, "clip: "),
+        ({"clip": (0.2, 0.2, 0.2)}, ValueError, "clip: "),
         ({"clip": 0.2}, (TypeError, ValueError), "clip: .* got 0.2"),
         ({"normalization": "mean"}, ValueError, "normalization: expected one of .* got 'mean'"),
         ({"importance": "word"}, ValueError, "importance: expected one of .* got 'word'"),
