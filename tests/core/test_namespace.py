@@ -29,7 +29,7 @@ def test_what_is_left_out_has_no_say() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((None,), r"\(any,\)"), ((2,), r"\(2,\)"), ((2, None, 1), r"\(2, any, 1\)"), ((2, 2), r"\(2, 2\)")],
+    [((), r"\(\)"), ((None,), r"\(any,\)"), ((2,), r"\(2,\)"), ((2, None, 1), r"\(2, any, 1\)"), ((2, 2), r"\(2, 2\)")],
 )
 def test_shapes_are_shown_as_python_does(shape: tuple[int | None, ...], expected: str) -> None:
     with pytest.raises(ValueError, match=rf"x: expected shape {expected} - pairs - got \(2, 3\)"):
@@ -89,3 +89,25 @@ def test_values_cannot_be_seen_while_a_library_traces(monkeypatch: pytest.Monkey
     assert ns.is_traced(X)
     pretend(False, fake)
     assert ns.is_traced(X, Tracer())
+
+
+def test_devices_are_unknown_while_jax_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for jax in (False, True):
+        for traced in (False, True):
+            monkeypatch.setattr(array_api_compat, "is_jax_array", lambda x, jax=jax: jax)
+            monkeypatch.setattr(ns, "is_traced", lambda *arrays, traced=traced: traced)
+            assert ns.device_of(X) == (None if jax and traced else "cpu")
+            assert ns.common_namespace(a=X, b=X) is not None
+
+
+@pytest.mark.parametrize(("name", "floating"), [("bfloat16", True), ("int4", False), ("bcomplex32", False)])
+def test_dtypes_that_numpy_does_not_know(name: str, floating: bool) -> None:
+    def isdtype(dtype: str, kind: str) -> bool:
+        raise TypeError(f"{dtype} is not a NumPy dtype")
+
+    xp, value = SimpleNamespace(isdtype=isdtype), SimpleNamespace(dtype=name)
+    if floating:
+        ns.require_floating(xp, x=value)
+    else:
+        with pytest.raises(TypeError, match=f"x: expected a real floating dtype, got {name}"):
+            ns.require_floating(xp, x=value)
