@@ -57,6 +57,14 @@ def test_clip_by_hand(ratio: float, advantage: float, loss: float, cotangent: fl
     assert float(obj.clip_fraction) == float(cotangent == 0 and advantage != 0)
 
 
+def test_clip_by_default() -> None:
+    ratios = np.asarray([[0.79], [0.81], [1.19], [1.21]])
+    zero, advantages = np.zeros((4, 1)), np.asarray([-1.0, -1.0, 1.0, 1.0])
+    obj = pcr.grpo_objective(np.log(ratios), zero, zero, advantages, np.ones((4, 1)), beta=0.0)
+    np.testing.assert_allclose(obj.plasticity_cotangent[:, 0], [0, 0.81 / 4, -1.19 / 4, 0], rtol=1e-14)
+    np.testing.assert_allclose(obj.plasticity_loss, [0.8 / 4, 0.81 / 4, -1.19 / 4, -1.2 / 4], rtol=1e-14)
+
+
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 def test_at_the_bound_the_gradient_passes(advantage: float) -> None:
     """On-policy every ratio is 1; without any room around it, the step is still the policy gradient's."""
