@@ -11,7 +11,7 @@ PINS := pyproject.toml .ci/constraints.txt .ci/without-dependencies.txt
 
 .DEFAULT_GOAL := help
 EXAMPLES ?= 2000
-.PHONY: help demo test lint unit lowest docs conformance clean
+.PHONY: help demo test lint unit lowest docs conformance mutation clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -44,6 +44,13 @@ lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-
 docs: $(VENV)-docs/.ready ## the documentation site, in runs/site/index.html; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict --config-file .ci/mkdocs.yml
 
+mutation: $(VENV)-mutation/.ready ## how many small faults in pcr_core the core's tests notice (an hour on one core)
+	rm -rf runs/mutation && mkdir -p runs/mutation && cp -r pcr_core conformance tests .ci pyproject.toml runs/mutation
+	cd runs/mutation && export PATH=$(abspath $(VENV)-mutation)/bin:$$PATH PYTHONPATH=$$PWD:$$PWD/conformance \
+		OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=ci && cosmic-ray init .ci/mutation.toml session.sqlite \
+		&& cr-filter-operators session.sqlite .ci/mutation.toml && python .ci/mutation_filter.py session.sqlite \
+		&& cosmic-ray exec .ci/mutation.toml session.sqlite && cr-report --surviving-only --show-diff session.sqlite
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -70,5 +77,11 @@ $(VENV)-docs/.ready: $(PINS)
 		--constraint .ci/constraints.txt --editable ".[docs]"
 	@touch $@
 
+$(VENV)-mutation/.ready: $(PINS)
+	$(PYTHON) -m venv $(VENV)-mutation
+	$(VENV)-mutation/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt \
+		numpy array-api-compat array-api-strict pytest hypothesis mpmath scipy cosmic-ray==8.7.0
+	@touch $@
+
 clean: ## remove the environments and caches, not the runs
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-docs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-docs $(VENV)-mutation .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -75,7 +75,7 @@ def require_shape(shape: tuple[int | None, ...], meaning: str, **arrays: Any) ->
         if value is None:
             continue
         got = tuple(value.shape)
-        fits = len(got) == len(shape) and all(w is None or g == w for g, w in zip(got, shape, strict=True))
+        fits = len(got) == len(shape) and all(w is None or g == w for g, w in zip(got, shape))
         if not fits:
             expected = ", ".join("any" if w is None else str(w) for w in shape) + ("," if len(shape) == 1 else "")
             raise ValueError(f"{name}: expected shape ({expected}) - {meaning} - got {got}")

@@ -58,8 +58,7 @@ class ShrinkagePrior:
         sq: Any = total_sq
         excess = sq - variance
         signal = excess > 0
-        safe_sq = xp.where(sq > 0, sq, xp.ones_like(sq))
-        gain = xp.where(signal, excess / safe_sq, xp.zeros_like(sq))
+        gain = xp.where(signal, excess / xp.where(signal, sq, xp.ones_like(sq)), xp.zeros_like(sq))
         gain = xp.where(xp.isnan(excess), excess, gain)
         return Posterior(gain, gain * variance)
 

@@ -96,14 +96,16 @@ def conflict_probability(stats: BlockStatistics[ArrayT], c: ArrayT) -> ArrayT:
     d = xp.sqrt(stats.size)
     p, s = (_root(xp, sq) / d for sq in (stats.plasticity_sq, stats.stability_sq))
     up, us = (_root(xp, v) for v in (stats.plasticity_var, stats.stability_var))
-    parts = (up * s, us * p, up * us / d)
-    scale = xp.maximum(xp.maximum(parts[0], parts[1]), parts[2])
-    safe = xp.where(scale > 0, scale, xp.ones_like(scale))
-    deviation = safe * xp.sqrt(xp.where(scale > 0, sum((x / safe) ** 2 for x in parts), xp.ones_like(scale)))
+    parts = xp.stack((up * s, us * p, up * us / d))
+    scale = xp.max(parts, axis=0)
+    noisy = scale > 0
+    one = xp.ones_like(scale)
+    safe = xp.where(noisy, scale, one)
+    deviation = safe * xp.sqrt(xp.where(noisy, xp.sum((parts / safe) ** 2, axis=0), one))
     value: Any = c
     certain = xp.astype(value < 0, value.dtype)
     soft = 0.5 * erfc(xp, value / deviation / math.sqrt(2))
-    probability: ArrayT = xp.where(xp.isnan(scale), scale, xp.where(scale > 0, soft, certain))
+    probability: ArrayT = xp.where(xp.isnan(scale), scale, xp.where(noisy, soft, certain))
     return probability
 
 
@@ -184,8 +186,8 @@ def report(
     p2: Any = stats.plasticity_sq
     s2: Any = stats.stability_sq
     dot: Any = stats.dot
-    total = p2 + s2 + dot + stats.plasticity_var + stats.stability_var + stats.covariance
-    finite = xp.isfinite(total)
+    sums = (p2, s2, dot, stats.plasticity_var, stats.stability_var, stats.covariance)
+    finite = xp.all(xp.isfinite(xp.stack(sums)), axis=0)  # a sum of them could overflow
     if needs_statistics:
         nan = xp.full_like(p2, math.nan)
         plasticity, stability = xp.where(finite, plasticity, nan), xp.where(finite, stability, nan)
@@ -205,5 +207,4 @@ def report(
 
 
 def _noise_to_signal(xp: Any, v: Any, sq: Any) -> Any:
-    noisy = (sq == 0) & (v > 0)
-    return xp.where(noisy, xp.full_like(v, math.inf), ratio(xp, v, sq))
+    return xp.where((sq == 0) & (v != 0), v + math.inf, ratio(xp, v, sq))  # a NaN stays one

@@ -143,11 +143,10 @@ def _filter(
 
 def _spread(xp: Any, per_block: Any, sizes: tuple[int, ...]) -> Any:
     """(blocks,) -> (d,)"""
-    parts = [xp.broadcast_to(per_block[i : i + 1], (size,)) for i, size in enumerate(sizes)]
-    return parts[0] if len(parts) == 1 else xp.concat(parts)
+    return xp.concat([xp.broadcast_to(per_block[i : i + 1], (size,)) for i, size in enumerate(sizes)])
 
 
 def _block_sums(xp: Any, x: Any, sizes: tuple[int, ...]) -> Any:
     """(d,) -> (blocks,)"""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return xp.stack([xp.sum(x[end - size : end]) for end, size in zip(ends, sizes, strict=True)])
+    return xp.stack([xp.sum(x[end - size : end]) for end, size in zip(ends, sizes)])

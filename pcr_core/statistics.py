@@ -118,7 +118,7 @@ def stratified_covariance(response_dot: ArrayT, stratum_dot: ArrayT, stratum_ids
         if not bool(known):
             raise ValueError(f"stratum_ids: expected integers in [0, {s.shape[0]}), one row of stratum_dot each")
     used = (m > 0) | ~known
-    m = xp.where(used, m, 2 * xp.ones_like(m))
+    m = xp.where(used, m, xp.full_like(m, 2))
     # 1/(1 - 1) times a rounding error is an infinity of either sign, and the clamp would take one for a small variance
     m = xp.where(alone | ~known, xp.full_like(m, math.nan), m)
     if r.ndim == 2:
@@ -229,7 +229,7 @@ def contribution_statistics(
                 zero + size,
             )
         )
-    return BlockStatistics(*(xp.stack(column) for column in zip(*rows, strict=True)))
+    return BlockStatistics(*(xp.stack(column) for column in zip(*rows)))
 
 
 def _centred(xp: Any, c: Any, ids: Any, strata: Strata, name: str) -> tuple[Any, Any]:

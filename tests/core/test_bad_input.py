@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ GOOD: dict[str, Any] = {
         ({"stability": P.astype(complex)}, TypeError, "stability: expected a real floating dtype, got complex128"),
         ({"plasticity": P.tolist()}, TypeError, "plasticity: expected an array .* got builtins.list"),
         ({"sizes": (1, 2)}, ValueError, r"sizes: expected positive numbers that add up to 2, got \(1, 2\)"),
+        ({"sizes": (1,)}, ValueError, r"sizes: expected positive numbers that add up to 2, got \(1,\)"),
         ({"sizes": (0, 2)}, ValueError, "sizes: expected positive"),
         ({"strata": "prompt"}, ValueError, r"strata: expected one of \('group', 'batch'\), got 'prompt'"),
     ],
@@ -52,6 +54,7 @@ def test_resolve(changes: dict[str, Any], error: type[Exception], message: str) 
 def test_batch_strata_allow_single_responses() -> None:
     res = pcr.resolve(P, -P, group_ids=np.asarray([0, 1, 2]), strata="batch")
     assert np.isfinite(res.update).all()
+    assert pcr.resolve(P[:2], -P[:2], group_ids=IDS[:2], strata="batch").weights.finite
     with pytest.raises(ValueError, match="group_ids: one response"):
         pcr.resolve(P[:1], -P[:1], group_ids=IDS[:1], strata="batch")
 
@@ -61,6 +64,17 @@ def test_state_without_a_filter() -> None:
     state = pcr.resolve(P, -P, group_ids=IDS, rule=rule).state
     with pytest.raises(ValueError, match="state: only PCR with TemporalPrior"):
         pcr.resolve(P, -P, group_ids=IDS, state=state)
+
+
+def test_state_of_another_model() -> None:
+    rule = pcr.PCR(prior=pcr.TemporalPrior())
+    state = pcr.resolve(P, -P, group_ids=IDS, rule=rule).state
+    assert state is not None
+    with pytest.raises(ValueError, match=r"state: expected shape \(1,\).*got \(2,\)"):
+        pcr.resolve(P[:, :1], -P[:, :1], group_ids=IDS, rule=rule, state=state)
+    whole = replace(state, plasticity_mean=np.asarray([1, 2]))
+    with pytest.raises(TypeError, match="state: expected a real floating dtype, got int64"):
+        pcr.resolve(P, -P, group_ids=IDS, rule=rule, state=whole)
 
 
 def test_mixed_libraries() -> None:
@@ -89,6 +103,7 @@ def test_mixed_devices() -> None:
         ({"clip": (0.2, -0.1)}, ValueError, "clip: "),
         ({"clip": (math.nan, 0.2)}, ValueError, "clip: "),
         ({"clip": (0.2,)}, ValueError, "clip: "),
+        ({"clip": (0.2, 0.2, 0.2)}, ValueError, "clip: "),
         ({"clip": 0.2}, (TypeError, ValueError), "clip: .* got 0.2"),
         ({"normalization": "mean"}, ValueError, "normalization: expected one of .* got 'mean'"),
         ({"importance": "word"}, ValueError, "importance: expected one of .* got 'word'"),
@@ -154,6 +169,7 @@ def test_rule_options(make: Any, error: type[Exception], message: str) -> None:
         ((np.ones(3), np.ones(1), IDS.astype(float)), TypeError, "stratum_ids: expected integers"),
         ((np.ones(3), np.ones(2), np.asarray([0, 0, 1])), ValueError, "stratum_ids: a stratum of one"),
         ((np.ones(4), np.ones(1), np.asarray([0, 0, 1, 1])), ValueError, r"stratum_ids: .*\[0, 1\)"),
+        ((np.ones((4, 3)), np.ones((2, 3)), np.asarray([0, 0, 3, 3])), ValueError, r"stratum_ids: .*\[0, 2\)"),
         ((np.ones(2), np.ones(1), np.asarray([-1, -1])), ValueError, "stratum_ids"),
         ((np.ones((3, 2)), np.ones((1, 3)), IDS), ValueError, "stratum_dot: expected shape"),
         ((np.ones((3, 2, 1)), np.ones(1), IDS), ValueError, "response_dot: expected shape"),

@@ -22,8 +22,15 @@ def test_fallback() -> None:
 @pytest.mark.parametrize("library", ["numpy", "torch", "array_api_strict"])
 def test_library(library: str) -> None:
     xp = pytest.importorskip(library)
-    kind = {"dtype": xp.float64}
-    np.testing.assert_allclose(np.asarray(erfc(xp, xp.asarray(POINTS, **kind))), EXACT, rtol=1e-13)
+    x = xp.asarray(POINTS, dtype=xp.float64)
+    found = erfc(xp, x)
+    assert type(found) is type(x)
+    np.testing.assert_allclose(np.asarray(found), EXACT, rtol=1e-13)
+
+
+def test_numpy_takes_scipys() -> None:
+    special = pytest.importorskip("scipy.special")
+    np.testing.assert_array_equal(erfc(np, POINTS), special.erfc(POINTS))
 
 
 def test_jax() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,21 @@ def test_clip_by_hand(ratio: float, advantage: float, loss: float, cotangent: fl
     assert float(obj.plasticity_loss[0]) == pytest.approx(loss)
     assert float(obj.plasticity_cotangent[0, 0]) == pytest.approx(cotangent)
     assert float(obj.clip_fraction) == float(cotangent == 0 and advantage != 0)
+
+
+def test_clip_by_default() -> None:
+    ratios = np.asarray([[0.79], [0.81], [1.19], [1.21]])
+    zero, advantages = np.zeros((4, 1)), np.asarray([-1.0, -1.0, 1.0, 1.0])
+    obj = pcr.grpo_objective(np.log(ratios), zero, zero, advantages, np.ones((4, 1)), beta=0.0)
+    np.testing.assert_allclose(obj.plasticity_cotangent[:, 0], [0, 0.81 / 4, -1.19 / 4, 0], rtol=1e-14)
+    np.testing.assert_allclose(obj.plasticity_loss, [0.8 / 4, 0.81 / 4, -1.19 / 4, -1.2 / 4], rtol=1e-14)
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_at_the_bound_the_gradient_passes(advantage: float) -> None:
+    """On-policy every ratio is 1; without any room around it, the step is still the policy gradient's."""
+    obj = _call(1.0, advantage, clip=(0.0, 0.0))
+    assert (float(obj.plasticity_cotangent[0, 0]), float(obj.clip_fraction)) == (-advantage, 0)
 
 
 def test_reference_pulls_back() -> None:
@@ -141,6 +157,66 @@ def test_advantages(name: str, scale: str, data: st.DataObject) -> None:
         got = pcr.group_advantages(adapter.from_numpy(rewards, "float64"), adapter.from_numpy(ids, "int"), scale=scale)  # type: ignore[arg-type]
         expected = oracle_objective.advantages(rewards, ids, scale, 1e-4)
         np.testing.assert_allclose(adapter.to_numpy(got), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_advantages_by_hand() -> None:
+    """Less the group's mean, over the deviation (Bessel-corrected) of the group or of the batch, plus 1e-4."""
+    rewards, ids = np.asarray([1.0, 0.0, 5.0, 3.0]), np.asarray([0, 0, 1, 1])
+    centred = np.asarray([0.5, -0.5, 1.0, -1.0])
+    by_group = np.asarray([0.5, 0.5, 2.0, 2.0]) ** 0.5 + 1e-4
+    np.testing.assert_allclose(pcr.group_advantages(rewards, ids), centred / by_group, rtol=1e-15)
+    by_batch = (14.75 / 3) ** 0.5 + 1e-4
+    np.testing.assert_allclose(pcr.group_advantages(rewards, ids, scale="batch"), centred / by_batch, rtol=1e-15)
+    loose = pcr.group_advantages(rewards, ids, scale="batch", eps=1.0)
+    np.testing.assert_allclose(loose, centred / ((14.75 / 3) ** 0.5 + 1), rtol=1e-15)
+    # alone in a group is no matter where the group's deviation is not asked for, nor are two responses too few
+    assert (pcr.group_advantages(rewards, np.arange(4), scale="batch") == 0).all()
+    two = pcr.group_advantages(rewards[:2], ids[:2], scale="batch", eps=0.0)
+    np.testing.assert_allclose(two, [0.5**0.5, -(0.5**0.5)], rtol=1e-15)
+
+
+def test_half_precision_advantages_are_computed_in_float32() -> None:
+    rewards = np.asarray([1.0, 0.0], dtype=np.float16)
+    advantages = pcr.group_advantages(rewards, np.asarray([0, 0]))
+    assert advantages.dtype == np.float16
+    assert advantages[0] == np.float16(0.5 / (0.5**0.5 + 1e-4))
+
+
+def _by_hand(**options: Any) -> pcr.Objective:  # type: ignore[type-arg]
+    """Responses of one and of two tokens at ratios of 2 and 1/2; the reference is twice as likely where it differs."""
+    logp = np.log(np.asarray([[0.5, 0.25], [0.25, 0.5]]))
+    old = logp - np.log([[2.0, 3.0], [0.5, 0.5]])
+    ref = logp + np.log([[2.0, 5.0], [1.0, 2.0]])
+    mask = np.asarray([[1.0, 0.0], [1.0, 1.0]])
+    return pcr.grpo_objective(logp, old, ref, np.asarray([3.0, 1.0]), mask, beta=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "second"),  # weights of a token of either response
+    [
+        ({}, 1 / 2, 1 / 4),
+        ({"normalization": "dapo"}, 1 / 3, 1 / 3),
+        ({"normalization": "bnpo"}, 1 / 3, 1 / 3),
+        ({"normalization": "dr_grpo"}, 1 / 4, 1 / 4),
+        ({"normalizer": 4.0}, 1 / 4, 1 / 8),
+    ],
+)
+def test_objective_by_hand(options: dict[str, Any], first: float, second: float) -> None:
+    obj = _by_hand(**options)
+    k3 = 1 - np.log(2)  # exp(l) - 1 - l at l = log 2
+    np.testing.assert_allclose(obj.plasticity_loss, [-3 * 1.2 * first, -second], rtol=1e-14)
+    np.testing.assert_allclose(obj.stability_loss, [0.5 * k3 * first, 0.5 * k3 * second], rtol=1e-14)
+    np.testing.assert_allclose(obj.plasticity_cotangent, [[0, 0], [-second / 2, -second / 2]], rtol=1e-14)
+    np.testing.assert_allclose(obj.stability_cotangent, [[-first / 2, 0], [0, -second / 2]], rtol=1e-14)
+    assert obj.kl == pytest.approx(2 * k3 / 3, rel=1e-14)
+    assert obj.clip_fraction == pytest.approx(1 / 3, rel=1e-14)
+
+
+def test_ratios_of_responses_by_hand() -> None:
+    obj = _by_hand(importance="sequence", clip=(0.4, 0.3))
+    np.testing.assert_allclose(obj.plasticity_loss, [-3 * 1.3 / 2, -0.5 / 2], rtol=1e-14)
+    np.testing.assert_allclose(obj.plasticity_cotangent, [[0, 0], [-1 / 8, -1 / 8]], rtol=1e-14)
+    assert obj.clip_fraction == 1 / 2
 
 
 def test_equal_rewards_teach_nothing() -> None:

@@ -21,7 +21,16 @@ def test_flat_prior_believes_the_data() -> None:
 
 @pytest.mark.parametrize(
     ("sq", "v", "gain"),
-    [(4.0, 1.0, 0.75), (1.0, 2.0, 0.0), (1.0, 1.0, 0.0), (2.0, 0.0, 1.0), (0.0, 0.0, 0.0), (0.0, 1.0, 0.0)],
+    [
+        (4.0, 1.0, 0.75),
+        (0.5, 0.25, 0.5),
+        (1.0, 1.5, 0.0),
+        (1.0, 2.0, 0.0),
+        (1.0, 1.0, 0.0),
+        (2.0, 0.0, 1.0),
+        (0.0, 0.0, 0.0),
+        (0.0, 1.0, 0.0),
+    ],
 )
 def test_shrinkage(sq: float, v: float, gain: float) -> None:
     post = pcr.ShrinkagePrior().posterior(_one(sq), _one(v))
@@ -73,6 +82,14 @@ def test_temporal_prior_settles_where_forgetting_balances_learning() -> None:
 )
 def test_temporal_limits(v: float, before: float, gain: float) -> None:
     assert pcr.TemporalPrior().posterior(_one(v), previous_variance=_one(before)).gain == gain
+
+
+def test_temporal_prior_takes_names() -> None:
+    """Two arrays of one shape are easily swapped: the second goes by name only, the first by either."""
+    prior = pcr.TemporalPrior()
+    assert prior.posterior(variance=_one(1.0), previous_variance=_one(math.inf)).gain == 1
+    with pytest.raises(TypeError):
+        prior.posterior(_one(1.0), _one(2.0))  # type: ignore[misc]
 
 
 def test_temporal_prior_hides_nothing() -> None:

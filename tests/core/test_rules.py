@@ -36,11 +36,49 @@ def _ab(rule: pcr.Rule, **stats: float) -> tuple[float, float]:
         (pcr.PCR(max_boost=0.5), (1, 1.5)),
         (pcr.PCR(alpha="snr"), (1, 1 + 3 / 7)),  # q_p = 4/3, q_s = 1
         (pcr.PCR(conflict="debiased"), (1, 1 + 0.75 * 0.5)),
+        (pcr.PCR(gate="probability"), (1, 1 + 0.75 * 0.5 * math.erfc(-(0.1**0.5)))),  # c = -1 of variance 5
         (pcr.PCR(prior=pcr.ShrinkagePrior(), alpha=0.5), (0.25, 0)),  # S is no more than its noise
     ],
 )
 def test_frozen_values(rule: pcr.Rule, expected: tuple[float, float]) -> None:
     assert _ab(rule) == pytest.approx(expected, rel=1e-15)
+
+
+def test_shrinkage_scales_both_streams() -> None:
+    """Gains 3/4 and 1/2: squares 9/4 and 1, debiased product -9/16, signal-to-noise ratios 3 and 1: alpha is 1/4."""
+    rule = pcr.PCR(alpha="snr", prior=pcr.ShrinkagePrior(), conflict="debiased")
+    w = rule(_stats(p2=4.0, vp=1.0, s2=4.0, vs=2.0, c=-2.0, vps=-0.5))
+    boost = 9 / 64
+    assert (w.alpha, w.plasticity) == (0.25, 0.75)
+    assert w.stability == pytest.approx(0.5 * (1 + boost), rel=1e-15)
+    assert w.removed == pytest.approx(boost / 1.5, rel=1e-15)
+
+
+def test_cap_of_the_default() -> None:
+    assert _ab(pcr.PCR(), s2=1e-4) == (1, 11)
+    assert _ab(pcr.PCR(max_boost=0.0)) == (1, 1)
+    assert _ab(pcr.PCR.paper(), s2=2.0**-14) == (1, 1 + 0.75 * 2**14)
+
+
+@pytest.mark.parametrize(("p2", "s2", "a"), [(1.0, 9.0, 1.0), (9.0, 1.0, 0.0), (2.0, 2.0, 0.5)])
+def test_mgda_stays_between_the_gradients(p2: float, s2: float, a: float) -> None:
+    assert _ab(pcr.MGDA(), p2=p2, s2=s2, c=2.0) == (a, 1 - a)
+
+
+def test_constants_need_no_statistics() -> None:
+    w = pcr.GRPO()(_stats(c=math.nan))
+    assert (w.plasticity, w.stability, w.finite, w.alpha) == (1, 1, False, 0)
+    assert np.isnan(_ab(pcr.HardProjection(), c=math.nan)).all()
+
+
+def test_pcgrad_projects_in_conflict_only() -> None:
+    assert _ab(pcr.PCGrad(), c=0.5) == (1, 1)
+    assert _ab(pcr.PCGrad(), c=-2.0) == (1.5, 3)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, 1, 1.0])
+def test_ends_of_alpha(alpha: float) -> None:
+    assert _ab(pcr.PCR(alpha=alpha)) == _ab(pcr.FixedAlpha(alpha)) == (1, 1 + alpha)
 
 
 def test_limits_of_certainty() -> None:
@@ -101,6 +139,8 @@ def test_make_rule_passes_options() -> None:
     assert made == pcr.PCR(prior=pcr.TemporalPrior(0.5), alpha="snr", max_boost=2.0)
     assert pcr.make_rule("paper", update="literal") == pcr.PCR.paper(update="literal")
     assert pcr.make_rule("paper") == pcr.PCR(max_boost=math.inf)
+    assert pcr.make_rule("pcr", prior="temporal") == pcr.PCR(prior=pcr.TemporalPrior())
+    assert pcr.make_rule("fixed", alpha="0.25") == pcr.FixedAlpha(0.25)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import array_api_compat.numpy
 import numpy as np
 import pytest
 
 import pcr_core as pcr
+from pcr_core import statistics
 
 DRAWS = 2000
 
@@ -71,11 +73,38 @@ def test_dense_and_streamed_statistics_agree() -> None:
         np.testing.assert_allclose(c, stats.covariance[i], rtol=1e-12)
 
 
+def test_without_float64_the_statistics_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group means are then formed without a matmul, whose precision an accelerator may lower."""
+    x, ids = _draws(3, 4, 6, spread=1.0)
+    p, s = x[0].astype(np.float32)
+    shuffled = np.random.default_rng(0).permutation(ids)
+    wide = pcr.contribution_statistics(p, s, group_ids=shuffled, sizes=(2, 4))
+    monkeypatch.setattr(statistics, "widest_float", lambda xp, x: xp.float32)
+    monkeypatch.setattr(array_api_compat.numpy, "matmul", None)
+    narrow = pcr.contribution_statistics(p, s, group_ids=shuffled, sizes=(2, 4))
+    assert narrow.plasticity_var.dtype == np.float32
+    for name, expected in vars(wide).items():
+        np.testing.assert_allclose(getattr(narrow, name), expected, rtol=1e-4)
+
+
 def test_stratified_variance_by_block_and_empty_strata() -> None:
     sq = np.asarray([[1.0, 4.0], [9.0, 4.0], [1.0, 0.0], [1.0, 0.0]])
     totals = np.asarray([[16.0, 16.0], [0.0, 0.0], [4.0, 0.0]])  # nobody is in stratum 1
-    v = pcr.stratified_variance(sq, totals, np.asarray([0, 0, 2, 2]))
+    with np.errstate(all="raise"):  # nothing is divided by nobody
+        v = pcr.stratified_variance(sq, totals, np.asarray([0, 0, 2, 2]))
     np.testing.assert_array_equal(v, [4.0, 0.0])
+
+
+def test_small_variance_by_hand() -> None:
+    """Responses of 0 and 1/2, about their mean: twice 2 (1/4)^2."""
+    assert pcr.stratified_variance(np.asarray([0.0, 0.25]), np.asarray([0.25]), np.asarray([0, 0])) == 0.25
+
+
+def test_pooled_variance_by_hand() -> None:
+    """Responses of 0, 1, 2 about their mean, times 3/2; any ids will do."""
+    c = np.asarray([[0.0], [1.0], [2.0]])
+    stats = pcr.contribution_statistics(c, -2 * c, group_ids=np.asarray([5, 6, 7]), strata="batch")
+    assert (stats.plasticity_var, stats.stability_var, stats.covariance) == (3, 12, -6)
 
 
 def test_variance_is_never_negative() -> None:
@@ -114,6 +143,29 @@ def test_float32_sums_are_accurate(library: str) -> None:
     scale = np.linalg.norm(big_p) * np.linalg.norm(big_s)
     assert abs(float(stats.dot[0]) - float(big_p @ big_s)) < 1e-12 * scale
     assert float(stats.plasticity_sq[0]) == pytest.approx(float(big_p @ big_p), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ids", "strata", "known"),
+    [
+        ([0, 0, 0], 1, True),
+        ([0, 0, 0], 2, True),  # nobody in the second
+        ([0, 0, 1], 2, False),  # alone
+        ([0, 0, 2], 2, False),  # an id without a stratum, beside an empty one
+        ([0, 0, 7], 1, False),
+        ([0, 7, 7], 1, False),  # that, and alone
+        ([7, 7, 7], 1, False),
+        ([-1, -1, -1], 1, False),
+    ],
+)
+def test_bad_strata_are_nan_where_values_cannot_be_seen(
+    ids: list[int], strata: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "is_traced", lambda *arrays: True)
+    with np.errstate(all="ignore"):
+        v = pcr.stratified_covariance(np.asarray([1.0, 4.0, 0.9]), np.asarray([8.0, 1.0])[:strata], np.asarray(ids))
+    assert np.isfinite(v) == known
+    assert np.isnan(v) == (not known)
 
 
 def test_bad_strata_under_jit_are_nan() -> None:
