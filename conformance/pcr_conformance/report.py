@@ -31,8 +31,8 @@ th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #ddd 
 pre { white-space: pre-wrap; background: #f5f5f5; padding: .7rem }
 </style>
 <h1>Conformance</h1><p>$badge</p><p>$environment</p>
-<table><thead><tr><th>adapter</th><th>mode</th><th>law</th><th>level</th><th>dtype</th><th>worst error / bound</th>
-<th>examples</th><th>verdict</th></tr></thead><tbody>$rows</tbody></table>$failures</html>
+<table><thead><tr><th>adapter</th><th>device, mode</th><th>law</th><th>level</th><th>dtype</th>
+<th>worst error / bound</th><th>examples</th><th>verdict</th></tr></thead><tbody>$rows</tbody></table>$failures</html>
 """)
 
 
@@ -72,12 +72,12 @@ def environment() -> dict[str, str]:
 
 
 def rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
-    """One row for each law, dtype and mode."""
+    """One row for each adapter (which has a device and a mode), law and dtype."""
     out: list[tuple[str, ...]] = []
     for v in verdicts:
         for dtype, ratio in v.worst.items() or (("", math.nan),):
             near = "" if math.isnan(ratio) else f"{ratio:.2g}"
-            out.append((v.adapter, v.mode, v.law, v.level, dtype, near, str(v.examples), v.outcome))
+            out.append((v.adapter, f"{v.device}, {v.mode}", v.law, v.level, dtype, near, str(v.examples), v.outcome))
     return out
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 import pcr_core
-from pcr_conformance.adapter import Adapter, Resolved, epsilon, seen
+from pcr_conformance.adapter import Adapter, Resolved, seen
 from pcr_conformance.cases import Case
 from pcr_conformance.compare.problems import problem
 from pcr_conformance.compare.reference import Reference, evaluate, update_error
+from pcr_conformance.rounding import unit_roundoff
 
 RULE = pcr_core.PCR()
 _SUMS = {
@@ -130,8 +131,8 @@ def _measure(adapter: Adapter, case: Case, reference: Reference, dtype: str) -> 
     order = {name: _off(_value(first, name), _value(backwards, name), _scale(reference, name)) for name in names}
     norm = float(np.linalg.norm(first.update)) or 1.0
     order["update"] = float(np.linalg.norm(first.update - backwards.update[::-1])) / norm
-    wide = epsilon(adapter.accumulator)
-    ulps = {name: error / (epsilon(dtype) if name == "update" else wide) for name, error in errors.items()}
+    wide = 2 * unit_roundoff(adapter.accumulator)
+    ulps = {name: error / (2 * unit_roundoff(dtype) if name == "update" else wide) for name, error in errors.items()}
     repeatable = np.array_equal(first.update, second.update, equal_nan=True) and all(
         _value(first, name) == _value(second, name) for name in names
     )
