@@ -28,7 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         own = frozenset({"in_place", "sharded", "compile"}) & law.needs  # what the adapter is there for
         compiled = adapter.compiled and law.level not in ("jit",)
-        if not own and (compiled or (adapter.name not in _QUICK and law.level in ("core", "sharded"))):
-            item.add_marker(pytest.mark.slow)
-        elif not own and adapter.name == "jax-donated":  # jax-resolve but for its memory
+        elsewhere = adapter.name not in _QUICK and law.level in ("core", "sharded")
+        if not own and (compiled or elsewhere or adapter.name == "jax-donated"):  # jax-resolve but for its memory
             item.add_marker(pytest.mark.slow)

@@ -51,8 +51,7 @@ class Interval:
         if 0 in (y.lo, y.hi):  # all quotients of one sign, without a bound
             far = y.hi if y.lo == 0 else y.lo
             near = min((self.lo / far, self.hi / far), key=abs)
-            negative = (self.hi <= 0) == (far > 0) and self.lo < 0
-            return self._made(-math.inf, near) if negative else self._made(near, math.inf)
+            return self._made(-math.inf, near) if (self.lo >= 0) != (far > 0) else self._made(near, math.inf)
         corners = [a / b for a in (self.lo, self.hi) for b in (y.lo, y.hi)]
         return self._made(min(corners), max(corners))
 
