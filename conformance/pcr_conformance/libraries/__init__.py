@@ -79,7 +79,10 @@ def load(spec: str) -> Adapter:
         factory = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"adapter {spec!r}: {error}") from error
-    made = factory() if callable(factory) else factory
+    try:
+        made = factory() if callable(factory) else factory
+    except Exception as error:
+        raise ValueError(f"adapter {spec!r}: its factory raised {type(error).__name__}: {error}") from error
     lacking = missing_members(made)
     if lacking:
         lines = "".join(f"\n  {line}" for line in lacking)
