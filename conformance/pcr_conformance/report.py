@@ -54,7 +54,7 @@ def worst(verdicts: Sequence[Verdict]) -> float:
 
 def badge(verdicts: Sequence[Verdict], day: datetime.date) -> str:
     """For a README: which levels hold, when it was checked, and how near the bounds it came."""
-    return f"pcr conformance: {'+'.join(levels(verdicts)) or 'none'}, {day}, worst error/bound {worst(verdicts):.2g}"
+    return f"pcr conformance: {'+'.join(levels(verdicts)) or 'none'}, {day}, worst error/bound {worst(verdicts):.3g}"
 
 
 def environment() -> dict[str, str]:
@@ -76,7 +76,7 @@ def rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
     out: list[tuple[str, ...]] = []
     for v in verdicts:
         for dtype, ratio in v.worst.items() or (("", math.nan),):
-            near = "" if math.isnan(ratio) else f"{ratio:.2g}"
+            near = "" if math.isnan(ratio) else f"{ratio:.3g}"
             out.append((v.adapter, f"{v.device}, {v.mode}", v.law, v.level, dtype, near, str(v.examples), v.outcome))
     return out
 
