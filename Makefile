@@ -35,7 +35,7 @@ conformance: $(VENV)/.dev ## every law on all of our adapters with EXAMPLES case
 	OMP_NUM_THREADS=1 XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/pcr-conformance run \
 		--adapter numpy --adapter array-api-strict --adapter torch --adapter torch-compile --adapter torch-compile-aot \
 		--adapter torch-in-place --adapter jax --adapter jax-jit --adapter jax-x32 --adapter jax-x32-jit \
-		--adapter jax-resolve --adapter jax-sharded --examples $(EXAMPLES) --seed $(SEED) \
+		--adapter jax-resolve --adapter jax-donated --adapter jax-sharded --examples $(EXAMPLES) --seed $(SEED) \
 		--junit runs/conformance/junit.xml --json runs/conformance/report.json --html runs/conformance/report.html
 
 lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-api-compat it supports, and nothing else

@@ -26,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         law, adapter = (getattr(item, "callspec", None) and item.callspec.params.get("pcr_pair")) or (None, None)
         if law is None:
             continue
+        own = frozenset({"in_place", "sharded", "compile"}) & law.needs  # what the adapter is there for
         compiled = adapter.compiled and law.level not in ("jit",)
-        if compiled or (adapter.name not in _QUICK and law.level in ("core", "sharded")):
+        elsewhere = adapter.name not in _QUICK and law.level in ("core", "sharded")
+        if not own and (compiled or elsewhere or adapter.name == "jax-donated"):  # jax-resolve but for its memory
             item.add_marker(pytest.mark.slow)

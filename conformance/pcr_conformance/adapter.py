@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from pcr_conformance.cases import Case, Floats, ObjectiveCase
+from pcr_conformance.rounding import SEQUENTIAL, Arithmetic, Summation
 from pcr_core import BlockStatistics, Objective, Rule, Weights
 
 
@@ -17,7 +18,9 @@ from pcr_core import BlockStatistics, Objective, Rule, Weights
 class Resolved:
     """One resolved case, each array as NumPy float64 (which holds every narrower float exactly).
 
-    `dtype` and `device` are those that the update had before it was copied.
+    `dtype` and `device` are those that the update had before it was copied. Two facts are for adapters that declare
+    the capability: `in_input_memory`, whether the update lies where the plasticity total was, which nobody needs again;
+    `sharding_kept`, whether every block of the update is split over the devices as the totals were.
     """
 
     update: Floats
@@ -25,11 +28,13 @@ class Resolved:
     statistics: BlockStatistics[Any]
     dtype: str
     device: str
+    in_input_memory: bool = False
+    sharding_kept: bool = False
 
 
-Summation = Literal["sequential", "blocked", "pairwise"]
 Capability = Literal["objective", "grad", "compile", "sharded", "in_place", "float64", "bfloat16"]
 CAPABILITIES: frozenset[str] = frozenset(get_args(Capability))
+NEEDS_PLAIN: frozenset[str] = frozenset({"compile", "sharded", "in_place"})
 
 
 class Adapter(Protocol):
@@ -42,12 +47,13 @@ class Adapter(Protocol):
         name: for reports.
         dtypes: names of the input dtypes it takes, widest first.
         accumulator: "float64" or "float32", in which sums are formed.
-        summation: the order in which they are formed, on which the error bounds depend. "sequential" is always safe to
-            declare: it has the widest bound.
+        summation: the order in which coordinates are added up, on which the error bounds depend.
+            Summation("sequential") is always safe to declare: it has the widest bound.
         device: where its arrays lie by default.
-        capabilities: what else it can do; selects laws. "float64" and "bfloat16" follow from `dtypes`.
+        capabilities: what else it can do; each selects laws. "float64" and "bfloat16" follow from `dtypes`.
         compiled: whether each new shape or rule costs a compilation (checks then use fewer shapes).
-        eager: the same implementation without compilation, to compare with; None where this one is eager.
+        plain: the same method without what "compile", "sharded" or "in_place" adds (eager, on one device, out of
+            place), to compare with; None for an adapter without these capabilities.
     """
 
     @property
@@ -65,7 +71,7 @@ class Adapter(Protocol):
     @property
     def compiled(self) -> bool: ...
     @property
-    def eager(self) -> Adapter | None: ...
+    def plain(self) -> Adapter | None: ...
 
     def from_numpy(self, x: Any, dtype: str) -> Any:
         """An array of the framework; `dtype` is "int" for ids, "bool" for masks, or a float's name."""
@@ -94,11 +100,11 @@ class Defaults:
 
     dtypes: tuple[str, ...] = ("float64",)
     accumulator = "float64"
-    summation: Summation = "sequential"
+    summation: Summation = SEQUENTIAL
     device = "cpu"
     capabilities: frozenset[str] = frozenset()
     compiled = False
-    eager: Any = None
+    plain: Any = None
 
     def objective(self, case: ObjectiveCase, dtype: str) -> Objective[Any]:
         raise NotImplementedError("this adapter has no objective of its own")
@@ -127,6 +133,10 @@ def missing_members(adapter: Any) -> list[str]:
     unknown = frozenset(getattr(adapter, "capabilities", ())) - CAPABILITIES
     if unknown:
         lines.append(f"capabilities: {sorted(unknown)} are not among {sorted(CAPABILITIES)}")
+    if not isinstance(getattr(adapter, "summation", SEQUENTIAL), Summation):
+        lines.append(f"summation: expected a pcr_conformance.rounding.Summation, got {adapter.summation!r}")
+    if getattr(adapter, "plain", None) is None and NEEDS_PLAIN & frozenset(getattr(adapter, "capabilities", ())):
+        lines.append("plain: an adapter to compare with, which compile, sharded and in_place need")
     return lines
 
 
@@ -136,9 +146,9 @@ def seen(adapter: Adapter, x: Any, dtype: str) -> Floats:
     return rounded
 
 
-def epsilon(dtype: str) -> float:
-    """Spacing of a dtype at 1."""
-    return {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+def arithmetic(adapter: Adapter) -> Arithmetic:
+    """What it declares of its sums."""
+    return Arithmetic(adapter.accumulator, adapter.summation)
 
 
 def largest_exponent(adapter: Adapter, dtype: str) -> int:

@@ -38,6 +38,15 @@ class Case:
     def with_(self, **changes: Any) -> Case:
         return replace(self, **changes)
 
+    def with_block(self, block: slice) -> Case:
+        """One of the blocks alone."""
+        return replace(
+            self,
+            plasticity=self.plasticity[:, block],
+            stability=self.stability[:, block],
+            sizes=(block.stop - block.start,),
+        )
+
 
 @dataclass(frozen=True)
 class ObjectiveCase:

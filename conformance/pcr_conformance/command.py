@@ -59,7 +59,7 @@ def run(
                 progress.update(task, description=f"{one.name}: {law.name}")
                 verdicts.append(judge(law, one, examples, seed, known))
                 progress.advance(task)
-    table = Table("adapter", "mode", "law", "level", "dtype", "worst error / bound", "examples", "verdict")
+    table = Table("adapter", "device, mode", "law", "level", "dtype", "worst error / bound", "examples", "verdict")
     for row in report.rows(verdicts):
         table.add_row(*row, style=_STYLES.get(row[-1], "dim" if row[-1] in ("skipped", "xfailed") else ""))
     console.print(table)

@@ -25,11 +25,16 @@ class Wrong(DenseAdapter):
 
     def __init__(self, name: str, stage: str, fault: Callable[..., Any]) -> None:
         self.name, self.stage, self.fault = name, stage, fault
-        if stage == "compile":
-            self.eager = DenseAdapter()
-            self.capabilities = frozenset({"objective", "compile"})
+        if stage in ("compile", "sharded", "in place"):
+            self.plain = DenseAdapter()
+            self.capabilities = frozenset({stage.replace(" ", "_")})
         if stage == "autodiff":
             self.capabilities = frozenset({"objective", "grad"})
+        if "bfloat16" in name:
+            self.dtypes = ("float64", "float32", "bfloat16")
+
+    def from_numpy(self, x: Any, dtype: str) -> Any:
+        return bfloat16(np.asarray(x)) if dtype == "bfloat16" else super().from_numpy(x, dtype)
 
     def statistics(self, case: Case, dtype: str) -> Stats:
         case = case.with_(plasticity=self._cast(case.plasticity, dtype), stability=self._cast(case.stability, dtype))
@@ -46,12 +51,15 @@ class Wrong(DenseAdapter):
         stats = self.statistics(case, dtype)
         weights = self.weights(stats, rule)
         p, s = self._cast(case.plasticity, dtype), self._cast(case.stability, dtype)
-        combine = self.fault if self.stage in ("combine", "compile") else combined
+        fact = False
+        combine = self.fault if self.stage in ("combine", "compile", "sharded", "in place") else combined
         with np.errstate(all="ignore"):
             update = combine(weights, p, s, case.sizes)
+            if isinstance(update, tuple):
+                update, fact = update
             if self.stage != "combine" or update.dtype == np.float64:
-                update = update.astype(dtype)
-        return Resolved(update.astype(np.float64), weights, stats, str(update.dtype), "cpu")
+                update = self.from_numpy(update, dtype)
+        return Resolved(update.astype(np.float64), weights, stats, str(update.dtype), "cpu", fact, fact)
 
     def objective(self, case: ObjectiveCase, dtype: str) -> Objective[Any]:
         with np.errstate(all="ignore"):
@@ -66,7 +74,14 @@ class Wrong(DenseAdapter):
 
     def _cast(self, x: Any, dtype: str) -> Any:
         with np.errstate(all="ignore"):
-            return np.asarray(x).astype(dtype).astype(np.float64)
+            return np.asarray(self.from_numpy(x, dtype)).astype(np.float64)
+
+
+def bfloat16(x: Any) -> Any:
+    """The nearest bfloat16, as float32, of finite numbers."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return nearest.view(np.float32)
 
 
 def honest(case: Case, **changes: Any) -> Stats:
@@ -113,6 +128,38 @@ def _without_bessel(case: Case) -> Stats:
 
 def _narrow(case: Case, dtype: Any) -> Stats:
     return BlockStatistics(*(np.asarray(x, dtype).astype(np.float64) for x in vars(honest(case)).values()))
+
+
+def _summed_in_float32(case: Case, block: int | None = None) -> Stats:
+    """|P|^2, |S|^2 and P.S with float32 sums: of all terms, or of blocks that are then added in float64."""
+    p, s = (x.sum(0).astype(np.float32) for x in (case.plasticity, case.stability))
+    sums = []
+    for x, y in ((p, p), (s, s), (p, s)):
+        products = [
+            np.add.reduceat(x[b] * y[b], np.arange(0, b.stop - b.start, block or 1 << 30)) for b in case.blocks()
+        ]
+        sums.append(np.asarray([float(each.astype(np.float64).sum()) for each in products]))
+    return replace(honest(case), plasticity_sq=sums[0], stability_sq=sums[1], dot=sums[2])
+
+
+def _narrowed(case: Case) -> Stats:
+    return honest(case, plasticity=_f4(case.plasticity), stability=_f4(case.stability))
+
+
+def _f4(x: Any) -> Any:
+    return x.astype(np.float32).astype(np.float64)
+
+
+def _truncated(w: Decision, p: Any, s: Any, sizes: tuple[int, ...]) -> Any:
+    """Rounded to bfloat16 by cutting the lower half of the bits off."""
+    bits = combined(w, p, s, sizes).astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).astype(np.float64)
+
+
+def _first_shard(w: Decision, p: Any, s: Any, sizes: tuple[int, ...]) -> Any:
+    """Every shard but the first goes without the stability gradient."""
+    there = np.arange(p.shape[1]) < p.shape[1] // 2
+    return combined(w, p, np.where(there, s, 0.0), sizes), True
 
 
 def _hidden(case: Case) -> Stats:
@@ -219,6 +266,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("variance per coordinate", _S, "statistics", lambda c: _scaled(c, lambda c, s: 1 / s.size)),
     Mutant("float32 accumulation", _S, "statistics", lambda c: _narrow(c, np.float32)),
     Mutant("float16 accumulation", _S, "statistics", lambda c: _narrow(c, np.float16)),
+    Mutant("float32 accumulation of bfloat16", "bfloat16_is_widened_first", "statistics", _summed_in_float32),
+    Mutant("bfloat16 by truncation", "bfloat16_is_widened_first", "combine", _truncated),
+    Mutant(
+        "float32 sums of blocks",
+        "long_sums_stay_accurate",
+        "statistics",
+        lambda c: _summed_in_float32(c, block=1024),
+    ),
+    Mutant("float64 narrowed to float32", "float64_keeps_its_digits", "statistics", _narrowed),
     Mutant("one-pass variance", _S, "statistics", _one_pass),
     Mutant("non-finite hidden", "non_finite_is_never_hidden", "statistics", _hidden),
     Mutant("first response dropped", _S, "statistics", lambda c: honest(c, plasticity=_dropped(c.plasticity))),
@@ -288,6 +344,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "compiled_equals_eager",
         "compile",
         lambda w, p, s, n: combined(w, p, s, n) * (1 + 1e-5),
+    ),
+    Mutant("sharding lost", "sharded_equals_one_device", "sharded", lambda w, p, s, n: (combined(w, p, s, n), False)),
+    Mutant("stability on the first shard only", "sharded_equals_one_device", "sharded", _first_shard),
+    Mutant(
+        "in place into a copy",
+        "in_place_equals_out_of_place",
+        "in place",
+        lambda w, p, s, n: (combined(w, p, s, n), False),
+    ),
+    Mutant(
+        "in place on top of the old gradient",
+        "in_place_equals_out_of_place",
+        "in place",
+        lambda w, p, s, n: (p.sum(0) + combined(w, p, s, n), True),
     ),
     Mutant("clip direction for negative advantages", _O, "objective", _other_clip),
     Mutant("k1 for k3", _O, "objective", _objective(_k1)),

@@ -12,7 +12,7 @@ import pytest
 
 from pcr_conformance.levels import LEVELS
 
-_NEEDS = ("objective", "grad", "compile")
+_NEEDS = ("objective", "grad", "compile", "sharded", "in_place", "float64", "bfloat16")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 import pcr_core as pcr
-from pcr_conformance import laws
+from pcr_conformance import grid, laws
 from pcr_conformance.adapter import Adapter, capabilities, largest_exponent
 from pcr_conformance.cases import Case
-from pcr_conformance.strategies import REGIMES, SHAPES, cases, objective_cases
+from pcr_conformance.strategies import FEW_COMBINATIONS, REGIMES, SHAPES, cases, objective_cases
 
 CONFLICT = ("conflict", "antiparallel", "free", "one huge response", "nearly identical responses")
 NO_CONFLICT = ("no conflict", "orthogonal", "parallel", "zero plasticity", "zero stability", "both zero", "free")
@@ -22,6 +22,8 @@ PROJECTIONS = (pcr.PCR(), pcr.PCR.paper(), pcr.PCR(alpha="snr"), pcr.PCR.paper(u
 SHRINKING = pcr.PCR(prior=pcr.ShrinkagePrior(), conflict="debiased")
 PROBABLE = pcr.PCR(gate="probability")
 OTHERS = (pcr.GRPO(), pcr.NoAnchor(), pcr.HardProjection(), pcr.FixedAlpha(0.3), pcr.PCGrad(), pcr.MGDA())
+
+LONG = 10_000  # terms: enough that what is lost in sums shows, few enough to be quick
 
 Arguments = dict[str, Any]
 Draw = Callable[[st.DataObject, Adapter], Arguments]
@@ -51,8 +53,7 @@ class Law:
 
 
 def _case(data: st.DataObject, adapter: Adapter, dtype: str, **options: Any) -> Case:
-    # JAX compiles every operation for each new shape, eager or not
-    few = SHAPES[1:2] if adapter.compiled else SHAPES[:2] if "jax" in adapter.name else SHAPES
+    few = SHAPES[1:2] if adapter.compiled else SHAPES[:2] if _compiles(adapter) else SHAPES
     if "sharded" in adapter.capabilities:
         few = SHAPES[2:3]  # the one that splits evenly over 2, 4, 8 or 16 devices
     options.setdefault("shapes", few)
@@ -60,6 +61,11 @@ def _case(data: st.DataObject, adapter: Adapter, dtype: str, **options: Any) -> 
         options["regimes"] = tuple(r for r in options.get("regimes", REGIMES) if "huge" not in r)
     case: Case = data.draw(cases(largest_exponent=largest_exponent(adapter, dtype), **options))
     return case
+
+
+def _compiles(adapter: Adapter) -> bool:
+    """JAX compiles every operation for each new shape, eager or not."""
+    return adapter.compiled or "jax" in adapter.name
 
 
 def _narrow(adapter: Adapter) -> str:
@@ -128,6 +134,26 @@ def _split(data: st.DataObject, adapter: Adapter) -> Arguments:
     return {"case": case, "dtype": dtype, "seed": data.draw(st.integers(0, 2**32 - 1))}
 
 
+def _long(dtype: str | None = None) -> Draw:
+    def draw(data: st.DataObject, adapter: Adapter) -> Arguments:
+        kind = data.draw(st.sampled_from(adapter.dtypes)) if dtype is None else dtype
+        seed = data.draw(st.integers(0, 2**32 - 1))
+        return {"case": grid.case(seed, kind, LONG, data.draw(st.sampled_from((-1, 1)))), "dtype": kind}
+
+    return draw
+
+
+def _wide(data: st.DataObject, adapter: Adapter) -> Arguments:
+    return {"case": _case(data, adapter, "float64"), "dtype": "float64"}
+
+
+def _against_plain(data: st.DataObject, adapter: Adapter) -> Arguments:
+    dtype = data.draw(st.sampled_from(adapter.dtypes))
+    rules = (pcr.PCR(), pcr.PCGrad(), pcr.PCR(alpha="snr"), pcr.GRPO())
+    rule = data.draw(st.sampled_from(rules[:1] if _compiles(adapter) else rules))
+    return {"case": _case(data, adapter, dtype), "dtype": dtype, "rule": rule}
+
+
 def _compiled(data: st.DataObject, adapter: Adapter) -> Arguments:
     dtype = _narrow(adapter)
     rules = (pcr.PCR(prior=pcr.ShrinkagePrior(), gate="probability"), pcr.PCR())
@@ -162,14 +188,16 @@ def _overflow(data: st.DataObject, adapter: Adapter) -> Arguments:
 
 
 def _objective(data: st.DataObject, adapter: Adapter) -> Arguments:
-    return {
-        "case": data.draw(objective_cases(shapes=((4, 3),))),
-        "dtype": data.draw(st.sampled_from(adapter.dtypes)),
-    }
+    return _tokens(data, adapter) | {"dtype": data.draw(st.sampled_from(adapter.dtypes))}
 
 
 def _autodiff(data: st.DataObject, adapter: Adapter) -> Arguments:
-    return {"case": data.draw(objective_cases(shapes=((4, 3),))), "dtype": adapter.dtypes[0]}
+    return _tokens(data, adapter) | {"dtype": adapter.dtypes[0]}
+
+
+def _tokens(data: st.DataObject, adapter: Adapter) -> Arguments:
+    few = FEW_COMBINATIONS if _compiles(adapter) else None
+    return {"case": data.draw(objective_cases(shapes=((4, 3),), combinations=few))}
 
 
 _OBJECTIVE = frozenset({"objective"})
@@ -186,6 +214,10 @@ LAWS: tuple[Law, ...] = (
     Law(laws.statistics_are_exact, "numerics", _statistics),
     Law(laws.weights_are_exact, "numerics", _weights),
     Law(laws.update_is_the_combination, "numerics", _update),
+    Law(laws.long_sums_stay_accurate, "numerics", _long(), share=0.2),
+    Law(laws.float64_keeps_its_digits, "numerics", _wide, frozenset({"float64"}), share=0.5),
+    Law(laws.bfloat16_is_widened_first, "numerics", _long("bfloat16"), frozenset({"bfloat16"}), share=0.2),
+    Law(laws.in_place_equals_out_of_place, "numerics", _against_plain, frozenset({"in_place"})),
     Law(laws.dtype_and_device_come_back, "numerics", _dtypes, share=0.1),
     Law(laws.non_finite_is_never_hidden, "numerics", _non_finite),
     Law(laws.overflow_is_flagged, "numerics", _overflow, share=0.5),
@@ -195,4 +227,5 @@ LAWS: tuple[Law, ...] = (
     Law(laws.compiled_equals_eager, "jit", _compiled, frozenset({"compile"})),
     Law(laws.strata_add_up, "sharded", _split),
     Law(laws.shards_add_up, "sharded", _split),
+    Law(laws.sharded_equals_one_device, "sharded", _against_plain, frozenset({"sharded"})),
 )

@@ -31,8 +31,8 @@ th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #ddd 
 pre { white-space: pre-wrap; background: #f5f5f5; padding: .7rem }
 </style>
 <h1>Conformance</h1><p>$badge</p><p>$environment</p>
-<table><thead><tr><th>adapter</th><th>mode</th><th>law</th><th>level</th><th>dtype</th><th>worst error / bound</th>
-<th>examples</th><th>verdict</th></tr></thead><tbody>$rows</tbody></table>$failures</html>
+<table><thead><tr><th>adapter</th><th>device, mode</th><th>law</th><th>level</th><th>dtype</th>
+<th>worst error / bound</th><th>examples</th><th>verdict</th></tr></thead><tbody>$rows</tbody></table>$failures</html>
 """)
 
 
@@ -54,7 +54,7 @@ def worst(verdicts: Sequence[Verdict]) -> float:
 
 def badge(verdicts: Sequence[Verdict], day: datetime.date) -> str:
     """For a README: which levels hold, when it was checked, and how near the bounds it came."""
-    return f"pcr conformance: {'+'.join(levels(verdicts)) or 'none'}, {day}, worst error/bound {worst(verdicts):.2g}"
+    return f"pcr conformance: {'+'.join(levels(verdicts)) or 'none'}, {day}, worst error/bound {worst(verdicts):.3g}"
 
 
 def environment() -> dict[str, str]:
@@ -72,12 +72,12 @@ def environment() -> dict[str, str]:
 
 
 def rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
-    """One row for each law, dtype and mode."""
+    """One row for each adapter (which has a device and a mode), law and dtype."""
     out: list[tuple[str, ...]] = []
     for v in verdicts:
         for dtype, ratio in v.worst.items() or (("", math.nan),):
-            near = "" if math.isnan(ratio) else f"{ratio:.2g}"
-            out.append((v.adapter, v.mode, v.law, v.level, dtype, near, str(v.examples), v.outcome))
+            near = "" if math.isnan(ratio) else f"{ratio:.3g}"
+            out.append((v.adapter, f"{v.device}, {v.mode}", v.law, v.level, dtype, near, str(v.examples), v.outcome))
     return out
 
 

@@ -112,6 +112,19 @@ def _slices(sizes: tuple[int, ...]) -> list[slice]:
 
 NORMALIZATIONS = ("grpo", "dapo", "bnpo", "dr_grpo")
 IMPORTANCES = ("token", "sequence")
+BETAS = (0.0, 0.04, 1.0)
+CLIPS = ((0.2, 0.2), (0.2, 0.28), (0.05, 0.4))
+NORMALIZERS = (None, 17.0)
+
+ObjectiveOptions = tuple[float, tuple[float, float], str, str, float | None]
+
+#: every value of every option at least once, for frameworks that compile each combination
+FEW_COMBINATIONS: tuple[ObjectiveOptions, ...] = (
+    (0.04, (0.2, 0.2), "grpo", "token", None),
+    (1.0, (0.2, 0.28), "dapo", "sequence", None),
+    (0.04, (0.05, 0.4), "bnpo", "token", 17.0),
+    (0.0, (0.2, 0.2), "dr_grpo", "sequence", 17.0),
+)
 
 
 @st.composite
@@ -121,8 +134,13 @@ def objective_cases(
     shapes: tuple[tuple[int, int], ...] = ((4, 3), (3, 5)),
     normalization: str | None = None,
     importance: str | None = None,
+    combinations: tuple[ObjectiveOptions, ...] | None = None,
 ) -> ObjectiveCase:
-    """A batch of responses; masked entries hold NaN, and ratios stay clear of the kinks at the clip bounds."""
+    """A batch of responses; masked entries hold NaN, and ratios stay clear of the kinks at the clip bounds.
+
+    `combinations` are the options to choose among, each of which costs a compiled framework a compilation; by default
+    they are drawn one by one.
+    """
     n, length = draw(st.sampled_from(shapes))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     regime = draw(st.sampled_from(("off policy", "on policy", "far from reference", "at reference")))
@@ -137,7 +155,13 @@ def objective_cases(
     if draw(st.booleans()):
         lengths[-1] = 0  # a response without tokens
     mask = np.arange(length)[None, :] < lengths[:, None]
-    clip = draw(st.sampled_from(((0.2, 0.2), (0.2, 0.28), (0.05, 0.4))))
+    if combinations is None:
+        options = draw(
+            st.tuples(*(st.sampled_from(x) for x in (BETAS, CLIPS, NORMALIZATIONS, IMPORTANCES, NORMALIZERS)))
+        )
+    else:
+        options = draw(st.sampled_from(combinations))
+    beta, clip, normalized, ratios, normalizer = options
     old = np.where(_near_kink(np.where(mask, logp - old, 0.0), mask, clip), logp, old)
     logp, old, ref = (np.where(mask, x, np.nan) for x in (logp, old, ref))
     return ObjectiveCase(
@@ -146,11 +170,11 @@ def objective_cases(
         ref,
         advantages,
         mask,
-        beta=draw(st.sampled_from((0.0, 0.04, 1.0))),
+        beta=beta,
         clip=clip,
-        normalization=normalization or draw(st.sampled_from(NORMALIZATIONS)),
-        importance=importance or draw(st.sampled_from(IMPORTANCES)),
-        normalizer=draw(st.sampled_from((None, 17.0))),
+        normalization=normalization or normalized,
+        importance=importance or ratios,
+        normalizer=normalizer,
         regime=regime,
     )
 

@@ -100,7 +100,8 @@ def check(law: Law, adapter: Adapter, examples: int, seed: int, seen: Callable[[
 
 def judge(law: Law, adapter: Adapter, examples: int, seed: int, xfails: Sequence[Xfail] = ()) -> Verdict:
     """`check` as a record; a crash inside the adapter is a failed law like any other."""
-    mode = "sharded" if "sharded" in adapter.capabilities else "jit" if adapter.compiled else "eager"
+    special = [what for what in ("sharded", "in_place") if what in adapter.capabilities]
+    mode = special[0].replace("_", " ") if special else "jit" if adapter.compiled else "eager"
     common = (adapter.name, law.name, law.level, mode, adapter.device)
     reason = law.applies(adapter)
     if reason is not None:

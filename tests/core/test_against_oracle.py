@@ -12,10 +12,12 @@ from pcr_conformance import laws, oracle
 from pcr_conformance.cases import Case
 from pcr_conformance.laws.checks import as_seen, near
 from pcr_conformance.libraries import library
+from pcr_conformance.rounding import Arithmetic
 from pcr_conformance.strategies import cases
 from pcr_conformance.tolerances import update_bounds
 
 NUMPY = library("numpy")
+FLOAT64 = Arithmetic("float64")
 RULES = {
     "default": pcr.PCR(),
     "paper": pcr.PCR.paper(),
@@ -64,7 +66,7 @@ def test_from_end_to_end(name: str, case: Case) -> None:
     case = as_seen(NUMPY, case, "float64")
     exact, _, _ = oracle.resolve(case, RULES[name])
     got = NUMPY.resolve(case, RULES[name], "float64").update
-    allowed = update_bounds(case, RULES[name], 2.0**-52, 2.0**-52)
+    allowed = update_bounds(case, RULES[name], FLOAT64, "float64")
     for i, block in enumerate(case.blocks()):
         near(f"{name}, block {i}", "update", got[block], [float(x) for x in exact[block]], allowed[i])
 
@@ -75,7 +77,7 @@ def test_the_bounds_bind() -> None:
     p, s = rng.normal(size=(2, 8, 16))
     case = Case(p, s - 2 * p, np.repeat([0, 1], 4), (16,))
     assert case.plasticity.sum(0) @ case.stability.sum(0) < 0
-    assert max(update_bounds(case, pcr.PCR(), 2.0**-52, 2.0**-52)) < 1e-11 * np.linalg.norm(p.sum(0))
+    assert max(update_bounds(case, pcr.PCR(), FLOAT64, "float64")) < 1e-11 * np.linalg.norm(p.sum(0))
 
 
 def test_oracle_by_hand() -> None:

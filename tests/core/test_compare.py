@@ -13,11 +13,13 @@ import pytest
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
-from pcr_conformance import oracle
+from pcr_conformance import oracle, oracle_objective
 from pcr_conformance.command import app
-from pcr_conformance.compare.measure import QUANTITIES, RULE, Agreement, Row, compare
-from pcr_conformance.compare.problems import REGIMES, problem
+from pcr_conformance.compare.measure import Agreement, Row, compare
+from pcr_conformance.compare.problems import REGIMES, TOKEN_REGIMES, problem, tokens
+from pcr_conformance.compare.quantities import QUANTITIES, RULE
 from pcr_conformance.compare.reference import evaluate, update_error
+from pcr_conformance.compare.token_reference import as_seen, cotangents
 from pcr_conformance.dense import DenseAdapter
 from pcr_conformance.libraries import load
 
@@ -36,6 +38,40 @@ def test_the_reference_is_the_oracle_to_float64(regime: str) -> None:
     update = a * case.plasticity.sum(0) + b * case.stability.sum(0)
     assert update_error(case, found, update) <= 1e-13
     assert update_error(case, found, update * (1 + 1e-6)) == pytest.approx(1e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize("regime", TOKEN_REGIMES)
+def test_the_reference_of_tokens_is_the_oracle_to_float64(regime: str) -> None:
+    case = as_seen(load("numpy"), tokens(regime, 40, seed=3), "float32")
+    exact = oracle_objective.objective(case)
+    plasticity, stability = cotangents(case)
+    np.testing.assert_allclose(plasticity, exact.plasticity_cotangent, rtol=4e-16, atol=0)
+    np.testing.assert_allclose(stability, exact.stability_cotangent, rtol=4e-16, atol=1e-30)
+
+
+def test_careless_cotangents_are_seen() -> None:
+    class Off(DenseAdapter):
+        """Near the reference exp(gap) - 1 loses what expm1 keeps."""
+
+        name = "off"
+
+        def objective(self, case: Any, dtype: str) -> Any:
+            good = super().objective(case, dtype)
+            gap = np.where(case.mask, case.logp_ref - case.logp, 0).astype(dtype)
+            lost = (np.exp(gap) - 1) / np.where(gap == 0, 1, np.expm1(gap))
+            return type(good)(**{**vars(good), "stability_cotangent": good.stability_cotangent * lost})
+
+    rows = list(compare([load("numpy"), Off()], ["float32"], [4000], ["tokens near the reference"], seed=0))
+    good, bad, pair = rows
+    assert isinstance(good, Row)
+    assert isinstance(bad, Row)
+    assert isinstance(pair, Agreement)
+    assert good.ulps is not None
+    assert bad.ulps is not None
+    assert set(good.ulps) == {"plasticity cotangent", "stability cotangent"}
+    assert max(good.ulps.values()) < 1
+    assert bad.ulps["stability cotangent"] > 10
+    assert pair.differences["plasticity cotangent"] == 0
 
 
 class Careless(DenseAdapter):
@@ -69,13 +105,24 @@ def test_a_careless_sum_is_seen_and_a_careful_one_is_not() -> None:
 def test_the_command_writes_a_page_of_its_own_and_json(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page, record = tmp_path / "page.html", tmp_path / "record.json"
-    options = ["--adapters", "numpy", "--dtypes", "float32,bfloat16", "--sizes", "10,1e3", "--regimes", "conflict"]
-    done = CliRunner().invoke(app, ["compare", *options, "--html", str(page), "--json", str(record)])
+    options = [
+        "--adapters",
+        "numpy",
+        "--dtypes",
+        "float32,bfloat16",
+        "--sizes",
+        "10,1e3",
+        "--regimes",
+        "conflict,tokens off policy",
+    ]
+    done = CliRunner().invoke(
+        app, ["compare", *options, "--html", str(page), "--json", str(record)], env={"COLUMNS": "130"}
+    )
     assert done.exit_code == 0, done.output
-    assert "lacks the dtype" in done.output
+    assert "lacks it" in done.output
     content = json.loads(record.read_text())
-    assert len(content["rows"]) == 4
-    assert set(content["rows"][0]["errors"]) == set(QUANTITIES)
+    assert len(content["rows"]) == 8
+    assert set().union(*(row["errors"] for row in content["rows"] if row["errors"])) == set(QUANTITIES)
     text = page.read_text()
     assert "<svg" in text
     assert not re.findall(r"(?:src|href)=[\"'](?!#)", text.replace('xlink:href="#', ""))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pcr_conformance.adapter import Defaults
+from pcr_conformance.adapter import CAPABILITIES, Defaults
 from pcr_conformance.dense import DenseAdapter
 from pcr_conformance.libraries import load
 from pcr_conformance.mutants import MUTANTS, Mutant, attack
@@ -42,16 +42,50 @@ def test_each_mutant_is_noticed_by_its_law(mutant: Mutant) -> None:
 
 
 def test_the_stages_of_the_mutants_are_right_without_a_fault() -> None:
-    from pcr_conformance.mutants import Wrong
+    from pcr_conformance.mutants import Wrong, combined
 
     faultless = Wrong("faultless", "none", lambda: None)
     bad = [v for v in judge_all([faultless], 30, 0) if v.bad]
     assert not bad, bad[0].message
+    for name, stage, law in (
+        ("bfloat16", "none", "bfloat16_is_widened_first"),
+        ("sharded", "sharded", "sharded_equals_one_device"),
+        ("in place", "in place", "in_place_equals_out_of_place"),
+    ):
+        right = Wrong(name, stage, lambda w, p, s, sizes: (combined(w, p, s, sizes), True))
+        (found,) = (judge(each, right, 20, 0) for each in LAWS if each.name == law)
+        assert found.outcome == "passed", found.message
 
 
 def test_what_is_missing_is_named_with_its_signature() -> None:
     with pytest.raises(TypeError, match=r"method resolve\(self, case: Case, rule: Rule, dtype: str\) -> Resolved"):
         load(f"{__name__}:Half")
+
+
+class Undeclared(DenseAdapter):
+    name = "undeclared"
+    summation = "pairwise"  # type: ignore[assignment]
+    capabilities = frozenset({"in_place", "no such"})
+
+
+def test_declarations_that_mean_nothing_are_named() -> None:
+    with pytest.raises(TypeError) as caught:
+        load(f"{__name__}:Undeclared")
+    for words in ("['no such'] are not among", "summation: expected a pcr_conformance.rounding.Summation", "plain: an"):
+        assert words in str(caught.value)
+
+
+def broken() -> Any:
+    raise RuntimeError("no such device")
+
+
+def test_a_factory_that_raises_is_named() -> None:
+    with pytest.raises(ValueError, match="its factory raised RuntimeError: no such device"):
+        load(f"{__name__}:broken")
+
+
+def test_every_capability_selects_a_law() -> None:
+    assert frozenset().union(*(law.needs for law in LAWS)) == CAPABILITIES
 
 
 @pytest.mark.parametrize("spec", ["nothing", "no_such_module:make", "pcr_core:no_such_name"])

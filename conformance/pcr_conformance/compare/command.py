@@ -14,20 +14,20 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pcr_conformance.compare.measure import Agreement, Row, compare
-from pcr_conformance.compare.page import as_html, as_json, number
-from pcr_conformance.compare.problems import REGIMES, problem
+from pcr_conformance.compare.page import as_html, as_json, number, with_ulps
+from pcr_conformance.compare.problems import REGIMES, TOKEN_REGIMES
 from pcr_conformance.libraries import load
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
+_WIDE = 100  # columns, where a terminal has room for ulps
+_REGIMES = (*REGIMES, *TOKEN_REGIMES)
 
 
 def compare_command(
     adapters: Annotated[str, typer.Option(help="names or module:factory, with commas between")] = "numpy,torch,jax",
     dtypes: Annotated[str, typer.Option(help=f"of {', '.join(_DTYPES)}")] = "float64,float32,bfloat16",
-    sizes: Annotated[str, typer.Option(help="coordinates of the one block; 1e7 takes 4 GB and most of a minute")] = (
-        "1e3,1e5"
-    ),
-    regimes: Annotated[str, typer.Option(help=f"of {', '.join(REGIMES)}")] = ",".join(REGIMES),
+    sizes: Annotated[str, typer.Option(help="coordinates of the one block, or tokens; 1e7 takes 4 GB")] = "1e3,1e5",
+    regimes: Annotated[str, typer.Option(help=f"of {', '.join(_REGIMES)}")] = ",".join(_REGIMES),
     seed: Annotated[int, typer.Option(help="of the numbers")] = 0,
     json: Annotated[Path | None, typer.Option(help="write JSON")] = None,
     html: Annotated[Path | None, typer.Option(help="write one self-contained page with plots")] = None,
@@ -42,7 +42,8 @@ def compare_command(
                 raise ValueError(f"dtypes: expected some of {', '.join(_DTYPES)}, got {name!r}")
         lengths = [_size(text) for text in _listed(sizes)]
         for regime in cases:
-            problem(regime, 1, seed)
+            if regime not in _REGIMES:
+                raise ValueError(f"regime: expected one of {', '.join(_REGIMES)}, got {regime!r}")
         if html is not None and find_spec("matplotlib") is None:
             raise ValueError("html: its plots need matplotlib; install with: pip install 'pcr-grpo[conformance,plot]'")
     except (TypeError, ValueError) as error:
@@ -62,7 +63,8 @@ def compare_command(
                 progress.advance(task)
             else:
                 agreements.append(found)
-    Console().print(_summary(rows))
+    console = Console()
+    console.print(_summary(rows, ulps=console.width >= _WIDE))
     day = datetime.date.today()
     for path, write in ((json, as_json), (html, as_html)):
         if path is not None:
@@ -70,35 +72,49 @@ def compare_command(
             path.write_text(write(rows, agreements, seed, day), encoding="utf-8")
 
 
-def _summary(rows: list[Row]) -> Table:
+def _summary(rows: list[Row], ulps: bool) -> Table:
     """The largest errors over the regimes; everything is in the reports."""
     kinds = {
         "dots": ("plasticity_sq", "stability_sq", "dot"),
         "scatter": ("plasticity_var", "stability_var", "covariance"),
         "weights": ("alpha", "stability weight"),
         "update": ("update",),
+        "cotangents": ("plasticity cotangent", "stability cotangent"),
     }
     table = Table(
-        title="largest error over the regimes",
+        title="largest error over the regimes" + (" (in ulps)" if ulps else ""),
         box=SIMPLE,
         padding=0,
-        caption="order: of the coordinates, reversed; bits: repeat; -: the adapter lacks the dtype",
+        caption="order: coordinates reversed; bits: repeat; ms: median over the regimes; -: the adapter lacks it",
     )
     for name in ("adapter", "dtype", "size", *kinds, "order", "bits", "ms"):
         table.add_column(name, no_wrap=True)
     for key in dict.fromkeys((row.dtype, row.size, row.adapter) for row in rows):
         found = [row for row in rows if (row.dtype, row.size, row.adapter) == key]
-        seen = [row for row in found if row.errors is not None and row.order is not None and row.seconds is not None]
+        seen = [row for row in found if row.errors is not None and row.ulps and row.order and row.seconds is not None]
         head = (key[2], key[0], f"{key[1]:.0e}")
         if not seen:
             table.add_row(*head, *["-"] * (len(kinds) + 3), style="dim")
             continue
-        errors = [number(max(row.errors[name] for row in seen for name in names)) for names in kinds.values()]  # type: ignore[index]
+        errors = [_largest(seen, names, ulps) for names in kinds.values()]
         order = number(max(value for row in seen for value in row.order.values()))  # type: ignore[union-attr]
         repeats = "yes" if all(row.repeatable for row in seen) else "no"
         seconds = sorted(row.seconds for row in seen if row.seconds is not None)
         table.add_row(*head, *errors, order, repeats, f"{1e3 * seconds[len(seconds) // 2]:.1f}")
     return table
+
+
+def _largest(rows: list[Row], names: tuple[str, ...], ulps: bool) -> str:
+    found = [
+        (row.errors[name], row.ulps[name])
+        for row in rows
+        if row.errors and row.ulps
+        for name in names
+        if name in row.errors
+    ]
+    if not found:
+        return "-"
+    return with_ulps(*max(found)) if ulps else number(max(found)[0])
 
 
 def _listed(text: str) -> list[str]:

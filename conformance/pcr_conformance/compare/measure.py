@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
-import numpy as np
-
-import pcr_core
-from pcr_conformance.adapter import Adapter, Resolved, epsilon, seen
-from pcr_conformance.cases import Case
-from pcr_conformance.compare.problems import problem
-from pcr_conformance.compare.reference import Reference, evaluate, update_error
-
-RULE = pcr_core.PCR()
-_SUMS = {
-    "plasticity_sq": "p2",
-    "stability_sq": "s2",
-    "dot": "c",
-    "plasticity_var": "vp",
-    "stability_var": "vs",
-    "covariance": "vps",
-}
-QUANTITIES = (*_SUMS, "alpha", "stability weight", "update")
+from pcr_conformance.adapter import Adapter
+from pcr_conformance.cases import Case, ObjectiveCase
+from pcr_conformance.compare.problems import TOKEN_REGIMES, problem, tokens
+from pcr_conformance.compare.quantities import VECTORS, Outcome, Problem, posed, refused
+from pcr_conformance.rounding import unit_roundoff
 
 
 @dataclass(frozen=True)
@@ -35,12 +20,12 @@ class Row:
 
     Attributes:
         errors: by quantity: sums relative to the reference (products of two vectors to the product of their norms),
-            alpha and the stability weight relative to it, the update in norm.
-        ulps: the same in units of the last place, of the accumulator for sums and weights, of the dtype for the update.
+            alpha and the stability weight relative to it, update and cotangents in norm.
+        ulps: the same in units of the last place: of the accumulator for sums and weights, of the dtype for vectors.
         order: the same between the coordinates as given and reversed: what the order of summation does.
         repeatable: whether a second run gave the same bits.
         seconds: of the faster of two runs, conversion from NumPy included.
-        offered: whether the adapter takes the dtype; if not, nothing else is there.
+        offered: whether the adapter takes the dtype and the kind of problem; if not, nothing else is there.
     """
 
     adapter: str
@@ -81,81 +66,45 @@ def compare(
     """
     for regime in regimes:
         for size in sizes:
-            drawn = problem(regime, size, seed)
+            drawn = (tokens if regime in TOKEN_REGIMES else problem)(regime, size, seed)
             for dtype in dtypes:
-                yield from _on_one_problem(adapters, drawn, dtype, progress)
+                yield from _on_one_problem(adapters, drawn, size, dtype, progress)
 
 
 def _on_one_problem(
-    adapters: Sequence[Adapter], drawn: Case, dtype: str, progress: Callable[[str], None]
+    adapters: Sequence[Adapter],
+    drawn: Case | ObjectiveCase,
+    size: int,
+    dtype: str,
+    progress: Callable[[str], None],
 ) -> Iterator[Row | Agreement]:
-    size, regime = sum(drawn.sizes), drawn.regime
-    case: Case | None = None
-    reference: Reference | None = None
-    results: dict[str, Resolved] = {}
+    regime = drawn.regime
+    asked: Problem | None = None
+    outcomes: dict[str, Outcome] = {}
     for adapter in adapters:
         progress(f"{adapter.name}, {dtype}, {size:.0e}, {regime}")
-        if dtype not in adapter.dtypes:
+        if refused(adapter, regime, dtype):
             yield Row(adapter.name, dtype, size, regime, offered=False)
             continue
-        if case is None or reference is None:
-            case = drawn.with_(
-                plasticity=seen(adapter, drawn.plasticity, dtype), stability=seen(adapter, drawn.stability, dtype)
-            )
-            reference = evaluate(case, RULE)
-        results[adapter.name], row = _measure(adapter, case, reference, dtype)
+        asked = asked or posed(adapter, drawn, dtype)
+        outcomes[adapter.name], row = _measure(adapter, asked, dtype, size, regime)
         yield row
-    if case is None or reference is None:
-        return
-    for one, other in combinations(results, 2):
-        a, b = results[one], results[other]
-        sums = {name: _off(_value(a, name), _value(b, name), _scale(reference, name)) for name in QUANTITIES[:-1]}
-        norm = float(np.linalg.norm(b.update)) or 1.0
-        sums["update"] = float(np.linalg.norm(a.update - b.update)) / norm
-        yield Agreement(one, other, dtype, size, regime, sums)
+    if asked is not None:
+        for one, other in combinations(outcomes, 2):
+            differences = asked.differences(outcomes[one], outcomes[other])
+            yield Agreement(one, other, dtype, size, regime, differences)
 
 
-def _measure(adapter: Adapter, case: Case, reference: Reference, dtype: str) -> tuple[Resolved, Row]:
+def _measure(adapter: Adapter, asked: Problem, dtype: str, size: int, regime: str) -> tuple[Outcome, Row]:
     began = time.perf_counter()
-    first = adapter.resolve(case, RULE, dtype)
+    first = asked.run(adapter)
     middle = time.perf_counter()
-    second = adapter.resolve(case, RULE, dtype)
+    second = asked.run(adapter)
     seconds = min(middle - began, time.perf_counter() - middle)
-    backwards = adapter.resolve(
-        case.with_(plasticity=case.plasticity[:, ::-1].copy(), stability=case.stability[:, ::-1].copy()), RULE, dtype
-    )
-    names = QUANTITIES[:-1]
-    errors = {name: _off(_value(first, name), _exact(reference, name), _scale(reference, name)) for name in names}
-    errors["update"] = update_error(case, reference, first.update)
-    order = {name: _off(_value(first, name), _value(backwards, name), _scale(reference, name)) for name in names}
-    norm = float(np.linalg.norm(first.update)) or 1.0
-    order["update"] = float(np.linalg.norm(first.update - backwards.update[::-1])) / norm
-    wide = epsilon(adapter.accumulator)
-    ulps = {name: error / (epsilon(dtype) if name == "update" else wide) for name, error in errors.items()}
-    repeatable = np.array_equal(first.update, second.update, equal_nan=True) and all(
-        _value(first, name) == _value(second, name) for name in names
-    )
-    row = Row(adapter.name, dtype, sum(case.sizes), case.regime, True, errors, ulps, order, repeatable, seconds)
-    return first, row
-
-
-def _value(resolved: Resolved, name: str) -> float:
-    record: Any = resolved.statistics if name in _SUMS else resolved.weights
-    return float(np.asarray(getattr(record, "stability" if name == "stability weight" else name))[0])
-
-
-def _exact(reference: Reference, name: str) -> float:
-    if name in _SUMS:
-        return reference.sums[_SUMS[name]]
-    return float(reference.pair.b if name == "stability weight" else reference.pair.alpha or 0)
-
-
-def _scale(reference: Reference, name: str) -> float:
-    return reference.scales[_SUMS[name]] if name in _SUMS else abs(_exact(reference, name))
-
-
-def _off(got: float, exact: float, scale: float) -> float:
-    """|got - exact| / scale; infinite where `got` is not finite."""
-    if not math.isfinite(got):
-        return math.inf
-    return abs(got - exact) / (scale or 1.0)
+    repeatable = first.same_bits(second)
+    errors = asked.errors(first)
+    order = asked.differences(asked.run(adapter, backwards=True), first)
+    # an ulp at 1 is twice the unit roundoff
+    units = {name: 2 * unit_roundoff(dtype if name in VECTORS else adapter.accumulator) for name in errors}
+    ulps = {name: error / units[name] for name, error in errors.items()}
+    return first, Row(adapter.name, dtype, size, regime, True, errors, ulps, order, repeatable, seconds)

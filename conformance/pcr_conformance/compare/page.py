@@ -12,10 +12,11 @@ from html import escape
 from string import Template
 from typing import Any
 
-from pcr_conformance.compare.measure import QUANTITIES, Agreement, Row
+from pcr_conformance.compare.measure import Agreement, Row
+from pcr_conformance.compare.quantities import QUANTITIES
 from pcr_conformance.report import environment
 
-SHOWN = ("dot", "plasticity_var", "stability weight", "update")
+SHOWN = ("dot", "plasticity_var", "stability weight", "update", "stability cotangent")
 _LEAST = 1e-20  # where an error of 0 is drawn
 _MARKERS = "osD^v<>P*X"
 _PAGE = Template("""<!doctype html>
@@ -29,10 +30,13 @@ svg { width: 100%; height: auto } .wide { overflow-x: auto }
 <h1>Numerical comparison</h1><p>$what</p>
 <h2>Error against size</h2>
 <p>Largest error over the regimes. Sums are relative to the product of the norms they are made of, weights to
-themselves, the update in norm. Grey: one unit in the last place of float64, float32 and bfloat16. An
+themselves, the update and the cotangents in norm. Grey: one unit in the last place of float64, float32 and bfloat16. An
 error of 0 is drawn at 1e-20.</p>
 $plots
-<h2>Every measurement</h2><div class="wide"><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
+<h2>Every measurement</h2>
+<p>Error, and in brackets the same in units of the last place: of the accumulator for sums and weights, of the input's
+dtype for update and cotangents. Order: the largest change, over the quantities, when coordinates come in reverse.</p>
+<div class="wide"><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
 <h2>Agreement of each two adapters</h2>
 <div class="wide"><table><thead><tr>$agreement_header</tr></thead><tbody>$agreements</tbody></table></div></html>
 """)
@@ -52,7 +56,7 @@ def as_json(rows: Sequence[Row], agreements: Sequence[Agreement], seed: int, day
 def as_html(rows: Sequence[Row], agreements: Sequence[Agreement], seed: int, day: datetime.date) -> str:
     known = ", ".join(f"{name} {version}" for name, version in environment().items())
     measured = [row for row in rows if row.offered]
-    columns = ("adapter", "dtype", "size", "regime", *QUANTITIES, "bits repeat", "ms")
+    columns = ("adapter", "dtype", "size", "regime", *QUANTITIES, "order", "bits repeat", "ms")
     pairs = ("adapters", "dtype", "size", "regime", *QUANTITIES)
     return _PAGE.substitute(
         what=escape(f"{day}, seed {seed}; {known}"),
@@ -62,19 +66,24 @@ def as_html(rows: Sequence[Row], agreements: Sequence[Agreement], seed: int, day
         agreement_header=_cells(pairs, "th"),
         agreements="\n".join(
             f"<tr>{_cells((f'{a.one} - {a.other}', a.dtype, f'{a.size:.0e}', a.regime), 'td')}"
-            f"{_cells([number(a.differences[name]) for name in QUANTITIES], 'td')}</tr>"
+            f"{_cells([number(a.differences[q]) if q in a.differences else '' for q in QUANTITIES], 'td')}</tr>"
             for a in agreements
         ),
     )
 
 
 def cells(row: Row) -> list[str]:
-    """A row as texts: what it is of, an error for each quantity, whether bits repeat, and milliseconds."""
+    """A row as texts: what it is of, an error for each quantity, order, whether bits repeat, and milliseconds."""
     head = [row.adapter, row.dtype, f"{row.size:.0e}", row.regime]
-    if row.errors is None or row.seconds is None:
-        return [*head, "not offered", *[""] * (len(QUANTITIES) + 1)]
-    errors = [number(row.errors[name]) for name in QUANTITIES]
-    return [*head, *errors, "yes" if row.repeatable else "no", f"{1e3 * row.seconds:.1f}"]
+    if row.errors is None or row.ulps is None or row.order is None or row.seconds is None:
+        return [*head, "not offered", *[""] * (len(QUANTITIES) + 2)]
+    errors = [with_ulps(row.errors[q], row.ulps[q]) if q in row.errors else "" for q in QUANTITIES]
+    order = number(max(row.order.values()))
+    return [*head, *errors, order, "yes" if row.repeatable else "no", f"{1e3 * row.seconds:.1f}"]
+
+
+def with_ulps(error: float, ulps: float) -> str:
+    return f"{number(error)} ({ulps:.1f})" if 0.05 <= ulps < 1000 else f"{number(error)} ({number(ulps)})"
 
 
 def number(x: float) -> str:
@@ -92,7 +101,7 @@ def _plots(rows: Sequence[Row]) -> str:
     out = []
     adapters = list(dict.fromkeys(row.adapter for row in rows))
     for dtype in dict.fromkeys(row.dtype for row in rows):
-        figure = Figure(figsize=(13, 3.6), layout="constrained")
+        figure = Figure(figsize=(15, 3.6), layout="constrained")
         panels = figure.subplots(1, len(SHOWN), sharey=True)
         for axes, quantity in zip(panels, SHOWN, strict=True):
             for ulp in (2.0**-52, 2.0**-23, 2.0**-7):
@@ -100,7 +109,7 @@ def _plots(rows: Sequence[Row]) -> str:
             for k, adapter in enumerate(adapters):
                 worst: dict[int, float] = {}
                 for row in rows:
-                    if row.adapter == adapter and row.dtype == dtype and row.errors is not None:
+                    if row.adapter == adapter and row.dtype == dtype and row.errors and quantity in row.errors:
                         worst[row.size] = max(worst.get(row.size, _LEAST), row.errors[quantity])
                 if worst:
                     sizes = sorted(worst)
@@ -111,7 +120,8 @@ def _plots(rows: Sequence[Row]) -> str:
                         ms=5,
                         label=adapter,
                     )
-            axes.set(xscale="log", yscale="log", title=quantity, xlabel="coordinates")
+            long = "tokens" if "cotangent" in quantity else "coordinates"
+            axes.set(xscale="log", yscale="log", title=quantity, xlabel=long)
         panels[0].set_ylabel(f"error, {dtype} input")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
         file = io.StringIO()

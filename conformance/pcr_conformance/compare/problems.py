@@ -1,12 +1,12 @@
-"""Long vectors to compare on: four responses in two groups, one block, by regime and seed."""
+"""Long vectors to compare on, by regime and seed: gradients of three responses in one block, or tokens of four."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pcr_conformance.cases import Case
+from pcr_conformance.cases import Case, ObjectiveCase
 
-GROUPS = np.asarray([0, 0, 1, 1])
+GROUPS = np.asarray([0, 0, 0])
 
 #: name: cosine of the two totals, about
 REGIMES: dict[str, float] = {
@@ -17,9 +17,12 @@ REGIMES: dict[str, float] = {
     "one huge coordinate": -0.3,
 }
 
+#: name: spread of logp_ref - logp, in nats
+TOKEN_REGIMES: dict[str, float] = {"tokens off policy": 0.5, "tokens near the reference": 1e-3}
+
 
 def problem(regime: str, size: int, seed: int) -> Case:
-    """Contributions (4, size) to both gradients in float64, the second stream 30 times smaller.
+    """Contributions (3, size) to both gradients in float64, the second stream 30 times smaller.
 
     Raises:
         ValueError: an unknown regime, or a size below 1.
@@ -30,11 +33,29 @@ def problem(regime: str, size: int, seed: int) -> Case:
         raise ValueError(f"size: expected a positive number of coordinates, got {size}")
     rng = np.random.default_rng([seed, size, list(REGIMES).index(regime)])
     cosine = REGIMES[regime]
-    plasticity = rng.standard_normal((4, size))
-    stability = rng.standard_normal((4, size))
+    plasticity = rng.standard_normal((len(GROUPS), size))
+    stability = rng.standard_normal((len(GROUPS), size))
     stability *= max(1 - cosine**2, 1e-6) ** 0.5
     stability += cosine * plasticity
     stability /= 30
     if regime == "one huge coordinate":
         plasticity[:, size // 2] *= 1e4
     return Case(plasticity, stability, GROUPS, (size,), regime=regime)
+
+
+def tokens(regime: str, size: int, seed: int) -> ObjectiveCase:
+    """Log-probabilities (4, size/4) of responses of different lengths, sampled by a policy a few steps old.
+
+    Raises:
+        ValueError: an unknown regime.
+    """
+    if regime not in TOKEN_REGIMES:
+        raise ValueError(f"regime: expected one of {', '.join(TOKEN_REGIMES)}, got {regime!r}")
+    length = max(size // 4, 1)
+    rng = np.random.default_rng([seed, size, len(REGIMES) + list(TOKEN_REGIMES).index(regime)])
+    logp = -rng.exponential(size=(4, length))
+    logp_old = logp + 0.1 * rng.standard_normal((4, length))
+    logp_ref = logp + TOKEN_REGIMES[regime] * rng.standard_normal((4, length))
+    lengths = np.maximum(length * np.asarray([4, 3, 2, 4]) // 4, 1)
+    mask = np.arange(length)[None, :] < lengths[:, None]
+    return ObjectiveCase(logp, logp_old, logp_ref, np.asarray([1.2, -0.7, 0.3, -0.8]), mask, beta=0.04, regime=regime)

@@ -4,12 +4,21 @@ No law knows a framework: what it sees of an implementation is NumPy records fro
 docstrings refer to the list of properties in the documentation of the mathematics.
 """
 
-from pcr_conformance.laws.exact import statistics_are_exact, update_is_the_combination, weights_are_exact
+from pcr_conformance.laws.exact import (
+    bfloat16_is_widened_first,
+    float64_keeps_its_digits,
+    long_sums_stay_accurate,
+    statistics_are_exact,
+    update_is_the_combination,
+    weights_are_exact,
+)
 from pcr_conformance.laws.numerics import (
     compiled_equals_eager,
     dtype_and_device_come_back,
+    in_place_equals_out_of_place,
     non_finite_is_never_hidden,
     overflow_is_flagged,
+    sharded_equals_one_device,
 )
 from pcr_conformance.laws.objective import (
     cotangents_equal_autodiff,
@@ -33,11 +42,15 @@ from pcr_conformance.laws.symmetry import (
 
 __all__ = [
     "alpha_is_a_fraction",
+    "bfloat16_is_widened_first",
     "boost_is_capped",
     "compiled_equals_eager",
     "conflict_keeps_its_fraction",
     "cotangents_equal_autodiff",
     "dtype_and_device_come_back",
+    "float64_keeps_its_digits",
+    "in_place_equals_out_of_place",
+    "long_sums_stay_accurate",
     "masked_entries_have_no_say",
     "no_conflict_is_the_plain_sum",
     "non_finite_is_never_hidden",
@@ -47,6 +60,7 @@ __all__ = [
     "projection_never_lengthens",
     "rotation_goes_through",
     "scale_goes_through",
+    "sharded_equals_one_device",
     "shards_add_up",
     "statistics_are_exact",
     "strata_add_up",

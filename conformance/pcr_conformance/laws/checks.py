@@ -12,6 +12,7 @@ import numpy as np
 
 from pcr_conformance.adapter import Adapter, seen
 from pcr_conformance.cases import Case
+from pcr_conformance.interval import Interval
 
 
 @dataclass
@@ -74,6 +75,15 @@ def close(law: str, what: str, got: Any, expected: Any, allowed: Any) -> None:
             f"{law}: {what}[{i}] is {got.ravel()[i]!r}, expected {expected.ravel()[i]!r}: "
             f"off by {off:.3g}, allowed {allowed.ravel()[i]:.3g}"
         )
+
+
+def enclosed(law: str, what: str, got: Any, exact: float, may: Interval) -> None:
+    """Whether a number lies where an implementation may come to, `exact` without rounding."""
+    off, value = abs(float(got) - exact), float(got)
+    _record(off, max(may.hi - exact, exact - may.lo))
+    assert may.lo <= value <= may.hi or value == exact, (
+        f"{law}: {what} is {value!r}, expected {exact!r}: off by {off:.3g}, allowed {may.lo!r} to {may.hi!r}"
+    )
 
 
 def near(law: str, what: str, got: Any, expected: Any, allowed: float) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 import pcr_core
-from pcr_conformance.adapter import Adapter, epsilon
-from pcr_conformance.cases import Case
+from pcr_conformance import enclosure
+from pcr_conformance.adapter import Adapter, arithmetic
+from pcr_conformance.cases import Case, Floats
 from pcr_conformance.laws.checks import as_seen, close, same_bits
-from pcr_conformance.tolerances import errors
-from pcr_core import Rule
+from pcr_conformance.laws.exact import exact_statistics
+from pcr_conformance.tolerances import combination_bound, outcomes, update_bounds
+from pcr_core import BlockStatistics, Rule
 
 
 def no_conflict_is_the_plain_sum(adapter: Adapter, case: Case, dtype: str, rule: Rule) -> None:
@@ -31,7 +34,6 @@ def alpha_is_a_fraction(adapter: Adapter, case: Case, dtype: str, kind: str) -> 
     """Law 2: alpha lies in [0, 1], grows with V_p, falls with V_s, and swapping the streams gives 1 - alpha."""
     rule = pcr_core.PCR(alpha=kind)  # type: ignore[arg-type]
     stats = adapter.statistics(case, dtype)
-    eps = 16 * epsilon(adapter.accumulator)
     law = f"law 2 (alpha is a fraction), {kind}"
     alpha = adapter.weights(stats, rule).alpha
     assert ((alpha >= 0) & (alpha <= 1)).all(), f"{law}: alpha is {alpha}"
@@ -42,7 +44,8 @@ def alpha_is_a_fraction(adapter: Adapter, case: Case, dtype: str, kind: str) -> 
         plasticity_var=stats.stability_var,
         stability_var=stats.plasticity_var,
     )
-    close(law, "alpha + alpha of the swapped streams", alpha + adapter.weights(swapped, rule).alpha, 1.0, eps)
+    allowed = _alpha_widths(adapter, stats, kind) + _alpha_widths(adapter, swapped, kind)
+    close(law, "alpha + alpha of the swapped streams", alpha + adapter.weights(swapped, rule).alpha, 1.0, allowed)
     noisier = adapter.weights(replace(stats, plasticity_var=4 * stats.plasticity_var), rule).alpha
     steadier = adapter.weights(replace(stats, stability_var=4 * stats.stability_var), rule).alpha
     inside = (alpha > 1e-3) & (alpha < 1 - 1e-3) & (stats.plasticity_var > 0) & (stats.stability_var > 0)
@@ -55,37 +58,35 @@ def alpha_is_a_fraction(adapter: Adapter, case: Case, dtype: str, kind: str) -> 
 def conflict_keeps_its_fraction(adapter: Adapter, case: Case, dtype: str, kind: str | float) -> None:
     """Law 3: in conflict p'.s = (1 - alpha) p.s, and p' differs from p along s alone."""
     case = as_seen(adapter, case, dtype)
-    res = adapter.resolve(case, pcr_core.PCR(alpha=kind, max_boost=np.inf, update="literal"), dtype)  # type: ignore[arg-type]
-    bounds = errors(case, epsilon(adapter.accumulator))
-    for i, block in enumerate(case.blocks()):
+    rule = pcr_core.PCR(alpha=kind, max_boost=np.inf, update="literal")  # type: ignore[arg-type]
+    res = adapter.resolve(case, rule, dtype)
+    for i, (block, (bound, may)) in enumerate(zip(case.blocks(), outcomes(case, rule, arithmetic(adapter), dtype))):
         p, s, u = case.plasticity[:, block].sum(0), case.stability[:, block].sum(0), res.update[block]
-        c, size_p, size_s = float(p @ s), float(np.linalg.norm(p)), float(np.linalg.norm(s))
-        if not (c < -bounds[i].c and size_s > 0):
+        c, size_s = float(p @ s), float(np.linalg.norm(s))
+        # judged where rounding leaves no doubt that there is a conflict, and along which direction
+        if may.c is None or may.alpha is None or not (may.c.hi < 0 and np.isfinite(bound) and size_s > 0):
             continue
         law = f"law 3 (conflict keeps the fraction 1 - alpha), alpha={kind}, block {i}"
-        slack = 8 * epsilon(adapter.accumulator) + epsilon(dtype) + 4 * bounds[i].total_s / size_s
-        allowed = slack * size_p + bounds[i].total_p
+        own = len(p) * 2.0**-52 * float(np.linalg.norm(p) + np.linalg.norm(u)) * size_s  # of this check's products
+        along = bound * size_s + own
         kept = (1 - float(res.weights.alpha[i])) * c
-        close(law, "p'.s", u @ s, kept, 2 * allowed * size_s)
-        assert u @ s >= c - 2 * allowed * size_s, f"{law}: p'.s = {u @ s} is more negative than p.s = {c}"
+        close(law, "p'.s", u @ s, kept, along + (may.alpha.hi - may.alpha.lo) * abs(c))
+        assert u @ s >= c - along, f"{law}: p'.s = {u @ s} is more negative than p.s = {c}"
         change = u - p
         across = change - (change @ s) / size_s**2 * s
-        close(law, "component of p' - p orthogonal to s", np.linalg.norm(across), 0.0, 2 * allowed)
+        close(law, "component of p' - p orthogonal to s", np.linalg.norm(across), 0.0, bound + own / size_s)
 
 
 def projection_never_lengthens(adapter: Adapter, case: Case, dtype: str, kind: str | float) -> None:
     """Law 4, first half: |p'| <= |p|."""
     case = as_seen(adapter, case, dtype)
-    res = adapter.resolve(case, pcr_core.PCR(alpha=kind, max_boost=np.inf, update="literal"), dtype)  # type: ignore[arg-type]
-    bounds = errors(case, epsilon(adapter.accumulator))
-    for i, block in enumerate(case.blocks()):
-        p, s = case.plasticity[:, block].sum(0), case.stability[:, block].sum(0)
-        size_p, size_s = float(np.linalg.norm(p)), float(np.linalg.norm(s))
-        shaky = bounds[i].total_s / size_s if size_s else 0.0
-        slack = 8 * epsilon(adapter.accumulator) + epsilon(dtype) + 4 * min(shaky, 1.0)
-        length = float(np.linalg.norm(res.update[block]))
-        allowed = size_p * (1 + slack) + 2 * bounds[i].total_p
-        assert length <= allowed, f"law 4 (|p'| <= |p|), alpha={kind}, block {i}: {length} > {size_p}"
+    rule = pcr_core.PCR(alpha=kind, max_boost=np.inf, update="literal")  # type: ignore[arg-type]
+    update = adapter.resolve(case, rule, dtype).update
+    for i, (block, bound) in enumerate(zip(case.blocks(), update_bounds(case, rule, arithmetic(adapter), dtype))):
+        size_p = float(np.linalg.norm(case.plasticity[:, block].sum(0)))
+        length = float(np.linalg.norm(update[block]))
+        longest = size_p * (1 + 2.0**-50) + bound
+        assert length <= longest, f"law 4 (|p'| <= |p|), alpha={kind}, block {i}: {length} > {size_p}"
 
 
 def boost_is_capped(adapter: Adapter, case: Case, dtype: str, max_boost: float, shrink: float = 2.0**-20) -> None:
@@ -94,7 +95,6 @@ def boost_is_capped(adapter: Adapter, case: Case, dtype: str, max_boost: float, 
     law = f"law 4 (b is in [1, 1 + {max_boost}])"
     case = as_seen(adapter, case, dtype)
     weak = as_seen(adapter, case.with_(stability=case.stability * shrink), dtype)
-    bounds = errors(weak, epsilon(adapter.accumulator))
     for c in (case, weak):
         b = adapter.resolve(c, rule, dtype).weights.stability
         assert ((b >= 1) & (b <= 1 + max_boost)).all(), f"{law}: b is {b}"
@@ -102,7 +102,16 @@ def boost_is_capped(adapter: Adapter, case: Case, dtype: str, max_boost: float, 
     for i, block in enumerate(case.blocks()):
         p, s = weak.plasticity[:, block].sum(0), weak.stability[:, block].sum(0)
         # a gradient that is 1/shrink weaker moves the update by that much less
-        allowed = (1 + max_boost) * (np.linalg.norm(s) + bounds[i].total_s) * (1 + epsilon(dtype))
-        allowed += bounds[i].total_p + epsilon(dtype) * np.linalg.norm(p)
+        rounded = combination_bound(weak.with_block(block), 1.0, 1 + max_boost, arithmetic(adapter), dtype)
+        allowed = (1 + max_boost) * np.linalg.norm(s) * (1 + 2.0**-50) + np.linalg.norm(rounded)
         off = np.linalg.norm(update[block] - p)
         assert off <= allowed, f"{law}, block {i}: |u - P| = {off} with beta times {shrink}, allowed {allowed}"
+
+
+def _alpha_widths(adapter: Adapter, stats: BlockStatistics[Any], kind: str) -> Floats:
+    """What rounding leaves open of alpha in each block."""
+    found = []
+    for block in exact_statistics(stats):
+        alpha = enclosure.retention_complement(kind, enclosure.around(block, arithmetic(adapter)))
+        found.append(alpha.hi - alpha.lo)
+    return np.asarray(found)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
 import pcr_core
-from pcr_conformance.adapter import Adapter, epsilon
+from pcr_conformance import enclosure, oracle
+from pcr_conformance.adapter import Adapter, arithmetic
 from pcr_conformance.cases import Case, Floats, Integers, group_slots
-from pcr_conformance.laws.checks import as_seen, close, near, same_bits
+from pcr_conformance.laws.checks import as_seen, close, enclosed, near, same_bits
+from pcr_conformance.laws.exact import exact_statistics
+from pcr_conformance.rounding import gamma, unit_roundoff
 from pcr_conformance.tolerances import errors, update_bounds
 from pcr_core import BlockStatistics, Rule, Scatter
 
@@ -23,13 +27,20 @@ def rotation_goes_through(adapter: Adapter, case: Case, dtype: str, rule: Rule, 
     for block in case.blocks():
         q[block, block] = np.linalg.qr(rng.normal(size=(block.stop - block.start,) * 2))[0]
     turned = as_seen(adapter, case.with_(plasticity=case.plasticity @ q.T, stability=case.stability @ q.T), dtype)
-    # the rotated input is itself rounded, by a unit of its own dtype
-    eps = max(epsilon(adapter.accumulator), epsilon(dtype))
-    allowed = update_bounds(case, rule, 2 * eps, epsilon(dtype))
     expected = q @ adapter.resolve(case, rule, dtype).update
     got = adapter.resolve(turned, rule, dtype).update
+    unturned = update_bounds(case, rule, arithmetic(adapter), dtype)
     for i, block in enumerate(case.blocks()):
-        near(f"law 5 (rotation), {rule}, block {i}", "update", got[block], expected[block], 2 * allowed[i])
+        d, part = block.stop - block.start, q[block, block]
+        # the turned numbers are those of a rotation to this relative error: of a product, of q, and of their dtype
+        product = gamma(d, unit_roundoff("float64")) * d**0.5
+        skew = float(np.linalg.norm(part.T @ part - np.eye(d))) + d * product
+        (turned_bound,) = update_bounds(
+            turned.with_block(block), rule, arithmetic(adapter), dtype, product + skew + unit_roundoff(dtype)
+        )
+        back = (product + skew) * float(np.linalg.norm(expected[block]))
+        allowed = unturned[i] + turned_bound + back
+        near(f"law 5 (rotation), {rule}, block {i}", "update", got[block], expected[block], allowed)
 
 
 def order_does_not_matter(adapter: Adapter, case: Case, dtype: str, rule: Rule, seed: int) -> None:
@@ -39,9 +50,10 @@ def order_does_not_matter(adapter: Adapter, case: Case, dtype: str, rule: Rule, 
     moved = case.with_(
         plasticity=case.plasticity[order], stability=case.stability[order], group_ids=5 - 3 * case.group_ids[order]
     )
-    allowed = update_bounds(case, rule, epsilon(adapter.accumulator), epsilon(dtype))
+    allowed = update_bounds(case, rule, arithmetic(adapter), dtype)
     expected, got = (adapter.resolve(c, rule, dtype).update for c in (case, moved))
     for i, block in enumerate(case.blocks()):
+        # each of the two is within the bound of the exact update
         near(f"law 5 (order), {rule}, block {i}", "update", got[block], expected[block], 2 * allowed[i])
 
 
@@ -51,17 +63,19 @@ def scale_goes_through(adapter: Adapter, case: Case, dtype: str, rule: Rule, pow
     Scaling S alone changes alpha as v_p/(v_p + t^2 v_s) and leaves the hard projection of P alone.
     """
     case = as_seen(adapter, case, dtype)
-    t, eps = 2.0**power, epsilon(adapter.accumulator)
+    t = 2.0**power
     both = case.with_(plasticity=t * case.plasticity, stability=t * case.stability)
     law = f"law 6 (scale), {rule}"
     base = adapter.resolve(case, rule, dtype)
     same_bits(law, f"update scaled by {t}", adapter.resolve(both, rule, dtype).update, t * base.update)
 
     louder = case.with_(stability=t * case.stability)
-    vp, vs = base.statistics.plasticity_var, t * t * base.statistics.stability_var
+    scaled = replace(base.statistics, stability_var=t * t * base.statistics.stability_var)
     alpha = adapter.resolve(louder, pcr_core.PCR(), dtype).weights.alpha
-    some = vp + vs > 0
-    close(law, "alpha with S scaled", alpha[some], (vp / np.where(some, vp + vs, 1.0))[some], 16 * eps)
+    for i, stats in enumerate(exact_statistics(scaled)):
+        exact = float(oracle.retention_complement("variance", stats))
+        may = enclosure.retention_complement("variance", enclosure.around(stats, arithmetic(adapter)))
+        enclosed(law, f"alpha with S scaled, block {i}", alpha[i], exact, may)
     projected = pcr_core.PCR(alpha=1.0, max_boost=np.inf, update="literal")
     first, second = (adapter.resolve(c, projected, dtype).update for c in (case, louder))
     same_bits(law, "hard projection with S scaled", second, first)
@@ -73,14 +87,18 @@ def strata_add_up(adapter: Adapter, case: Case, dtype: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     case = case.with_(group_ids=_finer(case.group_ids, rng))
     slots = group_slots(case.group_ids)
-    parts = [_scatter(adapter.statistics(_rows(case, some), dtype)) for some in slots]
+    pieces = [_rows(case, some) for some in slots]
+    parts = [_scatter(adapter.statistics(piece, dtype)) for piece in pieces]
     whole = adapter.statistics(case, dtype)
-    bounds = errors(case, epsilon(adapter.accumulator))
+    sums = arithmetic(adapter)
+    bounds = [errors(c, sums) for c in (case, *pieces)]
+    added = gamma(len(parts), sums.unit)
     left = reduce(pcr_core.merge, parts)
     right = reduce(lambda a, b: pcr_core.merge(b, a), [parts[i] for i in rng.permutation(len(parts))])
     for merged, how in ((left, "in order"), (right, "in another order")):
         for name, field in (("plasticity_var", "vp"), ("stability_var", "vs"), ("covariance", "vps")):
-            allowed = [2 * getattr(e, field) for e in bounds]
+            sizes = sum(np.abs(getattr(part, name)) for part in parts)
+            allowed = np.asarray([[getattr(e, field) for e in blocks] for blocks in bounds]).sum(0) + added * sizes
             close(f"law 7 (strata), {how}", name, getattr(merged, name), getattr(whole, name), allowed)
 
 
@@ -96,12 +114,15 @@ def shards_add_up(adapter: Adapter, case: Case, dtype: str, seed: int) -> None:
         case.with_(plasticity=case.plasticity[:, part], stability=case.stability[:, part], sizes=(size,))
         for part, size in ((slice(0, cut), cut), (slice(cut, d), d - cut))
     ]
-    merged = pcr_core.merge(*(adapter.statistics(shard, dtype) for shard in shards))
-    whole = adapter.statistics(case, dtype)
-    bound = errors(case, epsilon(adapter.accumulator))[0]
+    found = [adapter.statistics(shard, dtype) for shard in shards]
+    merged, whole = pcr_core.merge(*found), adapter.statistics(case, dtype)
+    sums = arithmetic(adapter)
+    bounds = [errors(c, sums)[0] for c in (case, *shards)]
     names = ("plasticity_sq", "stability_sq", "dot", "plasticity_var", "stability_var", "covariance")
     for name, field in zip(names, ("p2", "s2", "c", "vp", "vs", "vps")):
-        close("law 8 (shards)", name, getattr(merged, name), getattr(whole, name), 2 * getattr(bound, field))
+        sizes = sum(np.abs(getattr(shard, name)) for shard in found)
+        allowed = sum(getattr(bound, field) for bound in bounds) + gamma(2, sums.unit) * sizes
+        close("law 8 (shards)", name, getattr(merged, name), getattr(whole, name), allowed)
     same_bits("law 8 (shards)", "size", merged.size, whole.size)
 
 

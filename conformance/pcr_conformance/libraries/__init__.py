@@ -13,7 +13,7 @@ from pcr_conformance.adapter import Adapter, missing_members
 
 #: name: the library it needs, the class, and its arguments
 _MAKERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "numpy": ("numpy", "dense:DenseAdapter", {}),
+    "numpy": ("numpy", "libraries.numpy:NumpyAdapter", {}),
     "array-api-strict": ("array_api_strict", "libraries.strict:StrictAdapter", {}),
     "torch": ("torch", "libraries.torch:TorchAdapter", {}),
     "torch-compile": ("torch", "libraries.torch:TorchAdapter", {"backend": "eager"}),
@@ -24,6 +24,7 @@ _MAKERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "jax-x32": ("jax", "libraries.jax:JaxAdapter", {"x64": False}),
     "jax-x32-jit": ("jax", "libraries.jax:JaxAdapter", {"jit": True, "x64": False}),
     "jax-resolve": ("jax", "libraries.jax:ResolveAdapter", {}),
+    "jax-donated": ("jax", "libraries.jax:ResolveAdapter", {"donate": True}),
     "jax-sharded": ("jax", "libraries.jax:ResolveAdapter", {"devices": 4}),
     "cupy": ("cupy", "libraries.cupy:CupyAdapter", {}),
 }
@@ -78,7 +79,10 @@ def load(spec: str) -> Adapter:
         factory = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"adapter {spec!r}: {error}") from error
-    made = factory() if callable(factory) else factory
+    try:
+        made = factory() if callable(factory) else factory
+    except Exception as error:
+        raise ValueError(f"adapter {spec!r}: its factory raised {type(error).__name__}: {error}") from error
     lacking = missing_members(made)
     if lacking:
         lines = "".join(f"\n  {line}" for line in lacking)

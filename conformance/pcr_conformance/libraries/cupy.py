@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pcr_conformance.dense import DenseAdapter
+from pcr_conformance.rounding import SEQUENTIAL
 
 
 class CupyAdapter(DenseAdapter):
@@ -12,6 +13,7 @@ class CupyAdapter(DenseAdapter):
 
     name = "cupy"
     dtypes = ("float64", "float32", "float16")
+    summation = SEQUENTIAL  # its reductions are trees of an unstated shape
     device = "cuda:0"
 
     def __init__(self) -> None:

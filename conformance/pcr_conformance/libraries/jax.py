@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,10 @@ class JaxAdapter(DenseAdapter):
         self.name = "jax" + ("" if x64 else "-x32") + ("-jit" if jit else "")
         self.dtypes = ("float64", "float32", "bfloat16", "float16")[0 if x64 else 1 :]
         self.accumulator = "float64" if x64 else "float32"
-        self.eager = JaxAdapter(x64=x64) if jit else None
+        self.plain = JaxAdapter(x64=x64) if jit else None
         self.capabilities = frozenset({"objective", "grad", "compile"} if jit else {"objective", "grad"})
         self._jitted: dict[Function, Any] = {}
+        self._derivatives: dict[Any, Any] = {}
 
     @cached_property
     def device(self) -> str:  # type: ignore[override]
@@ -68,22 +69,33 @@ class JaxAdapter(DenseAdapter):
         with self.scope():
             logp, *others = self._tokens(case, dtype)
             options = tuple(case.options().items())
-
-            def loss(which: int, x: Any) -> Any:
-                return objective_flat((x, *others), options)[which].sum()
-
-            grads = [self.jax.grad(partial(loss, which))(logp) for which in (0, 1)]
+            grads = [self._derivative(which, options)(logp, others) for which in (0, 1)]
             return self.to_numpy(grads[0]), self.to_numpy(grads[1])
+
+    def _derivative(self, which: int, options: tuple[tuple[str, Any], ...]) -> Any:
+        """Of one of the losses with respect to logp; compiled, since eager derivatives are slow."""
+        if (which, options) not in self._derivatives:
+
+            def loss(logp: Any, others: Any) -> Any:
+                return objective_flat((logp, *others), options)[which].sum()
+
+            self._derivatives[which, options] = self.jax.jit(self.jax.grad(loss))
+        return self._derivatives[which, options]
 
 
 class ResolveAdapter(JaxAdapter):
-    """`pcr_jax.resolve` on a tree with one leaf a block, under jit; `devices` > 1 splits the coordinates over them."""
+    """`pcr_jax.resolve` on a tree with one leaf a block, under jit.
 
-    def __init__(self, devices: int = 1) -> None:
+    `devices` > 1 splits the coordinates over them; `donate` gives up the plasticity gradient's memory for the update.
+    """
+
+    def __init__(self, devices: int = 1, donate: bool = False) -> None:
         super().__init__()
-        self.name = "jax-resolve" if devices == 1 else "jax-sharded"
+        self.name = "jax-donated" if donate else "jax-resolve" if devices == 1 else "jax-sharded"
         self.dtypes = ("float64", "float32")
-        self.capabilities = frozenset() if devices == 1 else frozenset({"sharded"})
+        self.donate = donate
+        self.capabilities = frozenset({"in_place"} if donate else {"sharded"} if devices > 1 else {})
+        self.plain = ResolveAdapter() if self.capabilities else None
         self.mesh = self.jax.make_mesh((devices,), ("model",)) if devices > 1 else None
         self._jitted_resolve: Any = None
 
@@ -111,9 +123,17 @@ class ResolveAdapter(JaxAdapter):
             noise = (dense.plasticity_var, dense.stability_var, dense.covariance)
             scatter = Scatter(*(self.jax.numpy.asarray(x) for x in noise))
             if self._jitted_resolve is None:
-                named = ("rule", "blocks")
-                self._jitted_resolve = self.jax.jit(pcr_jax.resolve, static_argnames=named)
+                options: Any = {"static_argnames": ("rule", "blocks")}
+                if self.donate:
+                    options["donate_argnums"] = 0
+                self._jitted_resolve = self.jax.jit(pcr_jax.resolve, **options)
+            totals = trees[0]
+            before = [x.unsafe_buffer_pointer() for x in totals.values()] if self.mesh is None else []
+            layouts = [x.sharding for x in totals.values()]
             update, report = self._jitted_resolve(*trees, scatter, rule=rule, blocks="all")
+            reused = self.donate and all(x.is_deleted() for x in totals.values())
+            reused = reused and before == [x.unsafe_buffer_pointer() for x in update.values()]
+            kept = all(x.sharding.is_equivalent_to(y, x.ndim) for x, y in zip(update.values(), layouts))
             whole = np.concatenate([np.asarray(update[k]) for k in sorted(update)])
             rounded = self.from_numpy(whole, dtype)
             return Resolved(
@@ -122,4 +142,6 @@ class ResolveAdapter(JaxAdapter):
                 BlockStatistics(*(self.to_numpy(getattr(report.statistics, f.name)) for f in fields(BlockStatistics))),
                 self.dtype_of(rounded),
                 self.device_of(rounded),
+                in_input_memory=reused,
+                sharding_kept=self.mesh is not None and kept,
             )

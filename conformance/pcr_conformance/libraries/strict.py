@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pcr_conformance.dense import DenseAdapter
+from pcr_conformance.rounding import Summation
 
 
 class StrictAdapter(DenseAdapter):
@@ -12,6 +13,7 @@ class StrictAdapter(DenseAdapter):
 
     name = "array-api-strict"
     dtypes = ("float64", "float32")
+    summation = Summation("pairwise", 128)  # its arrays are NumPy's
     device = "CPU_DEVICE"
 
     def __init__(self) -> None:

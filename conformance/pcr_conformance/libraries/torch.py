@@ -11,6 +11,7 @@ import numpy as np
 from pcr_conformance.adapter import Resolved
 from pcr_conformance.cases import Case, ObjectiveCase
 from pcr_conformance.dense import DenseAdapter, Function, objective_flat
+from pcr_conformance.rounding import Summation
 from pcr_core import BlockStatistics, Rule, Weights
 
 
@@ -19,6 +20,7 @@ class TorchAdapter(DenseAdapter):
 
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
     capabilities = frozenset({"objective", "grad"})
+    summation = Summation("pairwise", 256)  # cascades: at most 4 levels of 64 for a float64 sum of 2^28 terms
 
     def __init__(self, backend: str | None = None, device: str = "cpu") -> None:
         import torch
@@ -28,7 +30,7 @@ class TorchAdapter(DenseAdapter):
         self.backend = backend
         self.compiled = backend is not None
         self.name = "torch" if backend is None else f"torch-compile-{backend}"
-        self.eager = None if backend is None else TorchAdapter(device=device)
+        self.plain = None if backend is None else TorchAdapter(device=device)
         if self.compiled:
             self.capabilities = self.capabilities | {"compile"}
         self._compiled: dict[Any, Any] = {}
@@ -71,16 +73,20 @@ def _with_static(function: Function, static: tuple[Any, ...], *arrays: Any) -> t
 
 
 class InPlaceAdapter(TorchAdapter):
-    """What PCR(model) does with a layer's two gradients: fused inner products, and a sum in the first one's memory."""
+    """What PCR(model) does with a layer's two gradients: fused inner products, and a sum in the first one's memory.
+
+    `in_place` False takes the same products and leaves both gradients as they are.
+    """
 
     dtypes = ("float32",)
     accumulator = "float32"  # the totals are gradients, and those are float32
-    summation = "blocked"
-    capabilities = frozenset({"in_place"})
+    summation = Summation("blocked", 1024)
 
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool = True) -> None:
         super().__init__()
-        self.name = "torch-in-place"
+        self.name = "torch-in-place" if in_place else "torch-out-of-place"
+        self.capabilities = frozenset({"in_place"} if in_place else {})
+        self.plain = InPlaceAdapter(in_place=False) if in_place else None
 
     def _statistics(self, case: Case, dtype: str) -> tuple[list[tuple[Any, Any]], BlockStatistics[Any]]:
         from pcr_torch.combine import gradient_products
@@ -103,11 +109,17 @@ class InPlaceAdapter(TorchAdapter):
 
         totals, stats = self._statistics(case, dtype)
         weights = rule(stats)
-        parts = []
+        parts, reused = [], []
         for i, (p, s) in enumerate(totals):
+            a, b = float(weights.plasticity[i]), float(weights.stability[i])
+            if self.plain is None:
+                parts.append(a * p + b * s)
+                continue
+            where = p.data_ptr()
             parameter = self.torch.nn.Parameter(self.torch.zeros_like(p))
-            add_combination(parameter, p, s, float(weights.plasticity[i]), float(weights.stability[i]))
+            add_combination(parameter, p, s, a, b)
             parts.append(parameter.grad)
+            reused.append(parameter.grad.data_ptr() == where)
         update = self.torch.cat(parts)
         return Resolved(
             self.to_numpy(update),
@@ -115,4 +127,5 @@ class InPlaceAdapter(TorchAdapter):
             BlockStatistics(*(self.to_numpy(getattr(stats, f.name)) for f in fields(stats))),
             self.dtype_of(update),
             self.device_of(update),
+            in_input_memory=all(reused) and bool(reused),
         )

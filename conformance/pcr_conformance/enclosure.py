@@ -1,0 +1,133 @@
+"""Where a rule's weights may lie, given where the statistics may: the table of rules, evaluated on intervals.
+
+`oracle.weights` is the value, this the distance that an implementation may keep from it: first-order sensitivities and
+all higher orders, rounding of the formula itself included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import pcr_core
+from pcr_conformance.interval import Interval
+from pcr_conformance.oracle import Stats
+from pcr_conformance.rounding import Arithmetic, gamma
+
+FIELDS = ("p2", "s2", "c", "vp", "vs", "vps")
+
+
+@dataclass(frozen=True)
+class Enclosed:
+    """Seven statistics of one block, each somewhere in an interval."""
+
+    p2: Interval
+    s2: Interval
+    c: Interval
+    vp: Interval
+    vs: Interval
+    vps: Interval
+    d: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """a and b of one block; `alpha`, `c` (whose sign is the conflict) and its probability where the rule has them."""
+
+    a: Interval
+    b: Interval
+    alpha: Interval | None = None
+    c: Interval | None = None
+
+
+def around(stats: Stats, arithmetic: Arithmetic, radii: Mapping[str, float] | None = None) -> Enclosed:
+    """The statistics, each with an absolute error up to its radius (0 by default)."""
+    out = {}
+    for name in FIELDS:
+        value, radius = getattr(stats, name), 0.0 if radii is None else radii[name]
+        low, high = _outward(value, radius)
+        out[name] = Interval(max(low, 0.0) if name not in ("c", "vps") else low, high, arithmetic)
+    return Enclosed(**out, d=stats.d)
+
+
+def weights(rule: Any, stats: Enclosed) -> Decision:
+    """Every a and b that an implementation may come to."""
+    one = Interval(1.0, 1.0, stats.c.arithmetic)
+    against = (-stats.c).clipped(0.0, math.inf)
+    if isinstance(rule, pcr_core.GRPO):
+        return Decision(one, one)
+    if isinstance(rule, pcr_core.NoAnchor):
+        return Decision(one, one - 1)
+    if isinstance(rule, pcr_core.PCGrad):
+        return Decision(against / stats.p2 + 1, against / stats.s2 + 1, None, stats.c)
+    if isinstance(rule, pcr_core.MGDA):
+        gap = stats.p2 + stats.s2 - stats.c * 2
+        undecided = gap.lo <= 0
+        t = Interval(0.0, 1.0, one.arithmetic) if undecided else ((stats.s2 - stats.c) / gap).clipped(0.0, 1.0)
+        return Decision(t, (1 - t).clipped(0.0, 1.0))
+    if isinstance(rule, pcr_core.HardProjection):
+        rule = pcr_core.PCR(alpha=1.0, max_boost=math.inf)
+    if isinstance(rule, pcr_core.FixedAlpha):
+        rule = pcr_core.PCR(alpha=rule.alpha, max_boost=math.inf)
+    if not isinstance(rule, pcr_core.PCR) or isinstance(rule.prior, pcr_core.TemporalPrior):
+        raise TypeError(f"no enclosure of {rule!r}")
+    if isinstance(rule.prior, pcr_core.FlatPrior):
+        return _project(rule, stats)
+    gp, gs = _gain(stats.p2, stats.vp), _gain(stats.s2, stats.vs)
+    means = replace(
+        stats,
+        p2=gp * gp * stats.p2,
+        s2=gs * gs * stats.s2,
+        c=gp * gs * stats.c,
+        vp=gp * stats.vp,
+        vs=gs * stats.vs,
+        vps=gp * gs * stats.vps,
+    )
+    found = _project(rule, means)
+    return replace(found, a=gp * found.a, b=gs * found.b)
+
+
+def _project(rule: pcr_core.PCR, means: Enclosed) -> Decision:
+    c = means.c - means.vps if rule.conflict == "debiased" else means.c
+    one = Interval(1.0, 1.0, c.arithmetic)
+    alpha = retention_complement(rule.alpha, means)
+    gate = conflict_probability(means, c) if rule.gate == "probability" else one
+    cap = one * rule.max_boost
+    boost = (gate * alpha * (-c).clipped(0.0, math.inf) / means.s2).clipped(0.0, math.inf).least(cap)
+    return Decision(one, boost + 1 if rule.update == "anchored" else boost, alpha, c)
+
+
+def retention_complement(kind: Any, stats: Enclosed) -> Interval:
+    """alpha = 1 - k."""
+    if kind == "variance":
+        return stats.vp.share(stats.vs)
+    if kind == "snr":
+        return (stats.s2 * stats.vp).share(stats.p2 * stats.vs)
+    return Interval(float(kind), float(kind), stats.c.arithmetic) * 1.0  # a number is rounded on its way in
+
+
+def conflict_probability(stats: Enclosed, c: Interval) -> Interval:
+    """P(x < 0), x ~ N(c, (v_p |s|^2 + v_s |p|^2 + v_p v_s)/d)."""
+    spread = (stats.vp * stats.s2 + stats.vs * stats.p2 + stats.vp * stats.vs) / float(stats.d)
+    if spread.hi == 0:
+        return Interval(float(c.hi < 0), float(c.lo < 0), c.arithmetic)
+    if spread.lo == 0:
+        return Interval(0.0, 1.0, c.arithmetic)
+    return (c / spread.root()).below_zero()
+
+
+def _gain(sq: Interval, v: Interval) -> Interval:
+    """max(1 - v/|.|^2, 0)"""
+    return sq if sq.hi == 0 else (1 - v / sq).clipped(0.0, 1.0)
+
+
+def _outward(value: Fraction, radius: float) -> tuple[float, float]:
+    """Floats below value - radius and above value + radius; the value itself where it is a float without error."""
+    x = float(value)
+    if radius == 0 and Fraction(x) == value:
+        return x, x
+    own = gamma(4, 2.0**-53) * (abs(x) + radius)
+    return x - radius - own, x + radius + own
