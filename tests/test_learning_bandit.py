@@ -117,6 +117,8 @@ def test_tuning_finds_the_top_between_cells():
     rate, beta = best_pair(grid, -((x + 1.3) ** 2) - (y + 0.8) ** 2)
     assert (rate, beta) == pytest.approx((10**-1.3, 10**-0.8), rel=0.01)
     assert best_pair(grid, x + y) == (1.0, 1.0)
+    assert best_pair(grid, -((x + 1.3) ** 2) + y) == (pytest.approx(10**-1.3, rel=0.01), 1.0)
+    assert best_pair(grid, -((x + 1.3) ** 2))[0] == pytest.approx(10**-1.3, rel=0.01)
 
 
 def test_matched_beta_lies_between_cells():

@@ -31,33 +31,35 @@ class Grid:
 def best_pair(grid: Grid, scores: Scores) -> tuple[float, float]:
     """The top of a parabola in log learning rate and log beta through the 3 x 3 cells about the best cell.
 
-    The grid is coarse beside the differences between rules: off it, each rule gets its own best to second order.
-    Without a maximum inside the 3 x 3 cells, the best cell itself.
+    The grid is coarse beside the differences between rules: off it, each rule gets its own best to second order. Where
+    the nine cells are not all there or have no maximum inside, the same along the best beta only.
 
     Example:
         >>> grid = Grid((1e-3, 1e-2, 1e-1), (1e-3, 1e-2, 1e-1))
         >>> x, y = np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij")
-        >>> best_pair(grid, -((x - 0.5) ** 2) - y**2)[0]  # half a step above 1e-2
-        0.0316
+        >>> best_pair(grid, -((x - 0.5) ** 2) - y**2)  # half a step above 1e-2
+        (0.0316, 0.01)
     """
     i, j = (int(k) for k in np.unravel_index(np.argmax(scores), scores.shape))
     best = grid.learning_rates[i], grid.betas[j]
-    rows = slice(max(i - 1, 0), i + 2)
-    columns = slice(max(j - 1, 0), j + 2)
+    rows, columns = slice(max(i - 1, 0), i + 2), slice(max(j - 1, 0), j + 2)
     x = np.log(np.asarray(grid.learning_rates[rows]) / best[0])
     y = np.log(np.asarray(grid.betas[columns]) / best[1])
-    if x.size < 3 or y.size < 3:
+    if x.size < 3:
         return best
-    xx, yy = (m.ravel() for m in np.meshgrid(x, y, indexing="ij"))
-    design = np.stack([np.ones_like(xx), xx, yy, xx**2, xx * yy, yy**2], axis=1)
-    _, gx, gy, hxx, hxy, hyy = np.linalg.lstsq(design, scores[rows, columns].ravel(), rcond=None)[0]
-    hessian = np.asarray([[2 * hxx, hxy], [hxy, 2 * hyy]])
-    if np.linalg.eigvalsh(hessian).max() >= -1e-9:
+    if y.size == 3:
+        xx, yy = (m.ravel() for m in np.meshgrid(x, y, indexing="ij"))
+        design = np.stack([np.ones_like(xx), xx, yy, xx**2, xx * yy, yy**2], axis=1)
+        _, gx, gy, hxx, hxy, hyy = np.linalg.lstsq(design, scores[rows, columns].ravel(), rcond=None)[0]
+        hessian = np.asarray([[2 * hxx, hxy], [hxy, 2 * hyy]])
+        if np.linalg.eigvalsh(hessian).max() < -1e-9:
+            dx, dy = np.linalg.solve(hessian, [-gx, -gy])
+            if x[0] <= dx <= x[-1] and y[0] <= dy <= y[-1]:
+                return _short(best[0] * float(np.exp(dx))), _short(best[1] * float(np.exp(dy)))
+    curvature, slope, _ = np.polyfit(x, scores[rows, j], 2)
+    if curvature >= 0:
         return best
-    dx, dy = np.linalg.solve(hessian, [-gx, -gy])
-    if not (x[0] <= dx <= x[-1] and y[0] <= dy <= y[-1]):
-        return best
-    return _short(best[0] * float(np.exp(dx))), _short(best[1] * float(np.exp(dy)))
+    return _short(best[0] * float(np.exp(np.clip(-slope / (2 * curvature), x[0], x[-1])))), best[1]
 
 
 def best_beta_over_rates(grid: Grid, scores: Scores, rates: Sequence[float]) -> float:
