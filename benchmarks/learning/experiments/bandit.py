@@ -88,16 +88,18 @@ def report(results: Results) -> Report:
         rates_plot(SUITE, measured, SHOWN, "rates"),
     ]
     claims = [
-        Claim(f"{rule} - GRPO, {regime}, {words}", paired_interval(getattr(of[rule], m), getattr(of["GRPO"], m)))
+        Claim(
+            f"{rule} - GRPO, {regime}, {words}",
+            paired_interval(getattr(of[rule], m), getattr(of["GRPO"], m)),
+            headline=rule in ("paper", "1/2, capped"),
+        )
         for m, words in (("best", "own best"), ("rates", "mean over learning rates"), ("slow", "low learning rate"))
-        for regime, of in measured.items()
         for rule in CLAIMED
+        for regime, of in measured.items()
     ]
     claims += [
-        Claim(
-            f"snr, capped - 1/2, capped, {regime}, own best",
-            paired_interval(of["snr, capped"].best, of["1/2, capped"].best),
-        )
+        Claim(f"{one} - {two}, {regime}, own best", paired_interval(of[one].best, of[two].best), headline=True)
+        for one, two in (("paper", "hard"), ("snr, capped", "1/2, capped"))
         for regime, of in measured.items()
     ]
     return Report(sections, claims)

@@ -179,7 +179,7 @@ def report(results: Results) -> Report:
     sections.append(diagnostic_table(SUITE, results, measured, list(SUITE.methods), "What was done"))
     sections.append(rates_plot(SUITE, measured, list(SUITE.methods), "rates"))
     claims = [
-        Claim(f"{name} - {base}, {regime}, own best", paired_interval(of[name].best, of[base].best))
+        Claim(f"{name} - {base}, {regime}, own best", paired_interval(of[name].best, of[base].best), base == CONSTANT)
         for name in CANDIDATES
         for base, places in ((CONSTANT, NOISY), ("GRPO", tuple(PLACES)))
         for regime, of in measured.items()
