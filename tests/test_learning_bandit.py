@@ -20,7 +20,7 @@ from benchmarks.learning.bandit import (
     start_accuracy,
     streams,
 )
-from benchmarks.learning.sweep import Grid, best_pair, front_area, matched_beta
+from benchmarks.learning.sweep import Grid, best_pair, front_height, matched_beta
 
 REGIME = Regime(prompts=4, group=4, flips=0.2)
 BETA = 0.3
@@ -127,6 +127,9 @@ def test_matched_beta_lies_between_cells():
     assert matched_beta(grid, np.asarray([[0.7, 0.8, 0.9]]), 1.0, 0.6) == 0.01
 
 
-def test_front_area_ignores_dominated_points():
+def test_front_ignores_dominated_points_and_what_is_not_reached():
     target, general = np.asarray([[0.9], [0.5], [0.4]]), np.asarray([[0.5], [0.9], [0.4]])
-    assert front_area(target, general, 0.1)[0] == pytest.approx(0.8 * 0.4 + 0.4 * 0.4)
+    low, high = np.asarray([0.5]), np.asarray([0.9])
+    assert front_height(target, general, low, high, 0.1)[0] == pytest.approx(0.7)
+    assert front_height(target, general, low - 0.3, high - 0.4, 0.1)[0] == pytest.approx(0.9)
+    assert front_height(target, general, low + 0.45, high + 0.1, 0.1)[0] == pytest.approx(0.1)

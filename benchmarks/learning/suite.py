@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.learning.bandit import ACTIONS, Method, Regime, simulate
 from benchmarks.learning.experiment import Choices, Job, Row
-from benchmarks.learning.sweep import Grid, best_beta_over_rates, best_pair, front_area, matched_beta, nearest
+from benchmarks.learning.sweep import Grid, best_beta_over_rates, best_pair, front_height, matched_beta, nearest
 
 CHUNK = 16
 VANISHING = 1e-6
@@ -141,7 +141,8 @@ class Measures:
     Attributes:
         best: score at its own best learning rate and beta.
         rates: mean score over the learning rates, with its own best beta for that.
-        area: of the front of target against general accuracy over beta, at its own best learning rate, above chance.
+        front_height: target accuracy along the front over beta, at its own best learning rate, mean over the general
+            accuracies that the baseline's front spans.
         slow: score at a tenth of the baseline's best learning rate, with its own best beta.
         jump: |score at beta = 1e-6 - score at beta = 0|, at its own best learning rate.
         matched_drawdown, matched_general, matched_target: with the beta at which it retains as much as the baseline.
@@ -151,7 +152,7 @@ class Measures:
 
     best: NDArray[np.float64]
     rates: NDArray[np.float64]
-    area: NDArray[np.float64]
+    front_height: NDArray[np.float64]
     slow: NDArray[np.float64]
     jump: NDArray[np.float64]
     matched_drawdown: NDArray[np.float64]
@@ -166,20 +167,23 @@ def measures(suite: Suite, rows: Sequence[Row], regime: str, method: str) -> Mea
     place, index = suite.places[regime], list(suite.methods).index(method)
     mine = [row for row in rows if row.settings["regime"] == regime]
 
-    def read(name: str) -> NDArray[np.float64]:
+    def read(name: str, index: int = index) -> NDArray[np.float64]:
         return 1e-4 * np.concatenate([np.asarray(row.values[name][index], dtype=float) for row in mine], axis=-1)
 
     target, general = (read("target"), read("general")) if suite.fronts else (read("score"),) * 2
     score = (target + general) / 2
     slow = 1 + len(place.rates)
     front = slice(slow + 1, slow + 1 + (len(place.grid.betas) if suite.fronts else 0))
-    none = np.empty(0)
+    none = height = np.empty(0)
+    if suite.fronts:
+        spanned = read("general", list(suite.methods).index(suite.baseline))[front]
+        height = front_height(target[front], general[front], spanned.min(axis=0), spanned.max(axis=0), 1 / ACTIONS)
     return Measures(
         best=score[0],
         rates=score[1:slow].mean(axis=0),
         slow=score[slow],
         over_rates=score[1:slow].mean(axis=1),
-        area=front_area(target[front], general[front], 1 / ACTIONS) if suite.fronts else none,
+        front_height=height,
         jump=np.abs(score[-3] - score[-2]) if suite.fronts else none,
         matched_drawdown=read("drawdown_matched") if suite.fronts else none,
         matched_general=general[-1] if suite.fronts else none,

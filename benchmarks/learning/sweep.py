@@ -87,22 +87,27 @@ def nearest(values: Sequence[float], wanted: float) -> float:
     return min(values, key=lambda value: abs(np.log(value / wanted)))
 
 
-def front_area(target: Scores, general: Scores, floor: float) -> Scores:
-    """Area above (floor, floor) dominated by each instance's points (general, target).
+def front_height(target: Scores, general: Scores, low: Scores, high: Scores, floor: float) -> Scores:
+    """Mean target accuracy along each instance's front, over general accuracies from `low` to `high`.
+
+    The front is the upper envelope of the points, straight between them; beyond a method's most retentive point it is
+    `floor`, since the method did not get there.
 
     Args:
         target, general: (points, instances).
+        low, high: (instances,).
 
     Example:
-        >>> float(front_area(np.asarray([[0.5], [1.0]]), np.asarray([[1.0], [0.5]]), 0.0)[0])
+        >>> one = np.asarray
+        >>> round(float(front_height(one([[0.5], [1.0]]), one([[1.0], [0.5]]), one([0.5]), one([1.0]), 0.0)[0]), 6)
         0.75
     """
-    order = np.argsort(-general, axis=0)
-    x = np.maximum(np.take_along_axis(general, order, axis=0), floor)
-    height = np.maximum.accumulate(np.maximum(np.take_along_axis(target, order, axis=0), floor) - floor, axis=0)
-    below = np.concatenate([x[1:], np.full_like(x[:1], floor)])
-    area: Scores = np.sum((x - below) * height, axis=0)
-    return area
+    out = np.empty(low.shape)
+    for k, (t, g) in enumerate(zip(target.T, general.T)):
+        order = np.argsort(g)
+        envelope = np.maximum.accumulate(t[order][::-1])[::-1]
+        out[k] = np.interp(np.linspace(low[k], high[k], 101), g[order], envelope, right=floor).mean()
+    return out
 
 
 def _short(value: float) -> float:
