@@ -84,8 +84,11 @@ def front_plot(suite: Suite, measured: Measured, methods: Sequence[str], name: s
 
 
 def rates_plot(suite: Suite, measured: Measured, methods: Sequence[str], name: str) -> Plot:
-    """Score against learning rate."""
-    caption = "Score against learning rate, each method with the beta that is best over these learning rates (means)."
+    """Score against learning rate, less the baseline's."""
+    caption = (
+        f"Score less {suite.baseline}'s, against learning rate, each method with its best beta over these rates "
+        "(means, units of 0.01; differences beyond 5 are cut off)."
+    )
     return Plot(name, caption, partial(_draw, suite, measured, methods, False), (11.0, 6.4))
 
 
@@ -95,19 +98,23 @@ def _draw(suite: Suite, measured: Measured, methods: Sequence[str], front: bool,
     for ax in axes[len(measured) :]:
         ax.set_axis_off()
     for ax, (regime, of) in zip(axes, measured.items(), strict=False):
-        for method in methods:
+        for i, method in enumerate(methods):
             found = of[method]
+            style = {"marker": "o", "markersize": 3, "linewidth": 1, "linestyle": "-" if i < 10 else "--"}
             if front:
-                ax.plot(found.front[1], found.front[0], marker="o", markersize=3, linewidth=1, label=method)
+                ax.plot(found.front[1], found.front[0], label=method, **style)
             else:
-                ax.plot(
-                    suite.places[regime].rates, found.over_rates, marker="o", markersize=3, linewidth=1, label=method
-                )
+                difference = 100 * (found.over_rates - of[suite.baseline].over_rates)
+                ax.plot(suite.places[regime].rates, difference, label=method, **style)
         ax.set_title(regime, fontsize=9)
-        ax.set_xlabel("general accuracy" if front else "learning rate", fontsize=8)
-        ax.set_ylabel("target accuracy" if front else "score", fontsize=8)
-        ax.set_xscale("linear" if front else "log")
         ax.tick_params(labelsize=7)
+        ax.set_xlabel("general accuracy" if front else "learning rate", fontsize=8)
+        ax.set_ylabel("target accuracy" if front else "difference of scores", fontsize=8)
+        if not front:
+            ax.set_xscale("log")
+            ax.set_ylim(max(ax.get_ylim()[0], -5), min(ax.get_ylim()[1], 5))
+            ax.set_xticks(suite.places[regime].rates, [f"{rate:g}" for rate in suite.places[regime].rates])
+            ax.minorticks_off()
     axes[0].legend(fontsize=6)
 
 
