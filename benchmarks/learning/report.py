@@ -1,0 +1,154 @@
+"""Tables, plots and claims, made from recorded rows and never typed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.learning.experiment import Experiment, Results
+from benchmarks.learning.frozen import frozen_path, read_frozen
+from benchmarks.learning.paired import Interval, holm
+from benchmarks.learning.record import read_environments, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FAMILY_WISE = 0.05
+START, END = "<!-- claims: written by `python -m benchmarks.learning report`, not by hand -->", "<!-- end of claims -->"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are ready text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        lines = [f"| {' | '.join(cells)} |" for cells in (self.columns, ["---"] * len(self.columns), *self.rows)]
+        return "\n".join([f"### {self.title}", "", *([self.note, ""] if self.note else []), *lines])
+
+
+@dataclass(frozen=True)
+class Plot:
+    """`draw` fills an empty matplotlib figure, which is saved as NAME.png beside the report."""
+
+    name: str
+    caption: str
+    draw: Callable[[Figure], None]
+    size: tuple[float, float] = (9.0, 4.5)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that the interval of a difference supports or not.
+
+    Attributes:
+        statement: what is compared, such as "PCR() - GRPO, noisy rewards, each at its own best".
+        interval: of the difference, with the p of its test.
+        spec: how its numbers are written.
+    """
+
+    statement: str
+    interval: Interval
+    spec: str = "+.4f"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sections in order; all claims of an experiment are one family for Holm's correction."""
+
+    sections: Sequence[Table | Plot]
+    claims: Sequence[Claim] = field(default_factory=tuple)
+
+
+def read_results(experiment: Experiment, folder: Path) -> Results:
+    """Raises OutOfOrder where the frozen choices are not those of the rows."""
+    choices = read_frozen(experiment, folder) if frozen_path(folder).exists() else None
+    return Results(read_rows(folder / "selection.jsonl"), choices, read_rows(folder / "confirmation.jsonl"))
+
+
+def write_report(experiment: Experiment, folder: Path) -> list[list[str]]:
+    """Writes report.md and its plots into the folder; returns the rows of the table of claims."""
+    report = experiment.report(read_results(experiment, folder))
+    parts = [f"# {experiment.name}", experiment.question, experiment.protocol, _provenance(experiment, folder)]
+    for section in report.sections:
+        if isinstance(section, Table):
+            parts.append(section.markdown())
+        else:
+            _save(section, folder / f"{section.name}.png")
+            parts.append(f"![{section.caption}]({section.name}.png)\n\n{section.caption}")
+    claims = claim_rows(report.claims)
+    if claims:
+        parts.append(Table("Claims", CLAIM_COLUMNS, claims, CLAIM_NOTE).markdown())
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return claims
+
+
+CLAIM_COLUMNS = ("claim", "difference [95 %]", "instances", "p after Holm", "shown")
+CLAIM_NOTE = "Paired differences on confirmation seeds; Holm's correction over all claims of the experiment."
+
+
+def claim_rows(claims: Sequence[Claim]) -> list[list[str]]:
+    """Cells of CLAIM_COLUMNS."""
+    rows = []
+    for claim, p in zip(claims, holm([claim.interval.p for claim in claims]), strict=True):
+        sign = "higher" if claim.interval.mean > 0 else "lower"
+        verdict = sign if p <= FAMILY_WISE else "no difference shown"
+        shown = "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+        rows.append([claim.statement, f"{claim.interval:{claim.spec}}", str(claim.interval.n), shown, verdict])
+    return rows
+
+
+def replace_claims(page: str, tables: Sequence[Table]) -> str:
+    """The page with its part between the two marks replaced.
+
+    Raises:
+        ValueError: the page has no such part.
+    """
+    part = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
+    if not part.search(page):
+        raise ValueError(f"the page lacks the lines {START!r} and {END!r}")
+    body = "\n\n".join(table.markdown() for table in tables)
+    return part.sub(lambda _: f"{START}\n\n{body}\n\n{END}", page)
+
+
+def _provenance(experiment: Experiment, folder: Path) -> str:
+    lines = [f"    python -m benchmarks.learning run {experiment.name}", ""]
+    for stage in ("selection", "confirmation"):
+        seeds = experiment.seeds("selection" if stage == "selection" else "confirmation")
+        found = read_environments(folder / f"{stage}.jsonl")
+        dates = sorted({entry["date"] for entry in found})
+        machines = sorted({entry["machine"] for entry in found})
+        when = f"{', '.join(dates)}; {'; '.join(machines)}" if found else "not run"
+        lines.append(f"- {stage.capitalize()}: seeds {_seed_text(seeds)}; {when}.")
+    versions = sorted(
+        {
+            f"{k} {v}"
+            for s in ("selection", "confirmation")
+            for v_ in read_environments(folder / f"{s}.jsonl")
+            for k, v in v_["versions"].items()
+        }
+    )
+    return "\n".join([*lines, f"- {', '.join(versions)}."])
+
+
+def _seed_text(seeds: Sequence[int]) -> str:
+    if len(seeds) > 4 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(str(seed) for seed in seeds)
+
+
+def _save(plot: Plot, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=plot.size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display
+    plot.draw(figure)
+    figure.savefig(path, metadata={"Software": None})
