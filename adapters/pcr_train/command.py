@@ -77,7 +77,7 @@ def run(
     style: Annotated[
         str | None, typer.Option(help="Prompts: compact (shared words dropped), full, or auto. [auto]")
     ] = None,
-    rule: Annotated[str | None, typer.Option(help=f"{', '.join(RULES)}. [pcr]")] = None,
+    rule: Annotated[str | None, typer.Option(help=f"{', '.join(RULES)}, or your own as module:name. [pcr]")] = None,
     alpha: Annotated[
         str | None, typer.Option(help="How much of the conflict to remove: variance, snr, or 0 to 1. [variance]")
     ] = None,
@@ -206,7 +206,8 @@ def _go(settings: Settings, folder: Path, resume: bool, threads: int | None, con
 def _name(settings: Settings) -> str:
     model = Path(settings.model.rstrip("/")).name or "model"
     framework = "" if settings.framework == "torch" else f"-{settings.framework}"
-    return f"{model}-{settings.task}-{settings.rule}{framework}-s{settings.seed}"
+    rule = settings.rule.rpartition(":")[2]
+    return f"{model}-{settings.task}-{rule}{framework}-s{settings.seed}"
 
 
 def main() -> None:
