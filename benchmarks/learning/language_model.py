@@ -1,4 +1,4 @@
-"""Training runs of language models as jobs of an experiment: a grid over learning rate and beta, the same for every rule.
+"""Training runs of language models as jobs: one grid of learning rate and beta for every rule.
 
 A run is `pcr_train.run.train`, the function behind the command pcr-train, with another rule in its settings; nothing
 else differs between the runs of a seed, which share starting model, problems and random numbers.
@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.learning.experiment import Choices, Job, Row
+from benchmarks.learning.sweep import Grid
 from pcr_train.engine import load_engine
 from pcr_train.progress import read_metrics
 from pcr_train.run import train
@@ -35,7 +36,8 @@ RULES: dict[str, Options] = {
 BASELINE = "GRPO"
 
 PEERS: dict[str, Options] = {
-    f"{name} (TorchJD)": {"rule": f"benchmarks.learning.peers:{name}"} for name in ("PCGrad", "UPGrad", "MGDA", "CAGrad")
+    f"{name} (TorchJD)": {"rule": f"benchmarks.learning.peers:{name}"}
+    for name in ("PCGrad", "UPGrad", "MGDA", "CAGrad")
 }
 
 
@@ -48,27 +50,26 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class ModelSuite:
     """Every rule at every learning rate and beta on selection seeds, then each at its own best on confirmation seeds.
 
     Attributes:
         settings: of a seed's runs, but for rule, learning rate and beta.
         rules: options of `Settings` by the name that tables show.
-        learning_rates, betas: the grid.
+        grid: of learning rate and beta.
         variants: further runs of confirmation.
     """
 
     settings: Callable[[int], Settings]
     rules: Mapping[str, Options]
-    learning_rates: tuple[float, ...]
-    betas: tuple[float, ...]
+    grid: Grid
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
     def jobs(self, seeds: tuple[int, ...], choices: Choices | None) -> list[Job]:
         """Of selection where choices is None, else of confirmation."""
         if choices is None:
-            grid = [(rate, beta) for rate in self.learning_rates for beta in self.betas]
-            return [self._job(s, rule, o, *at) for s in seeds for at in grid for rule, o in self.rules.items()]
+            cells = self.grid.cells()
+            return [self._job(s, rule, o, *at) for s in seeds for at in cells for rule, o in self.rules.items()]
         runs = [(rule, options, choices[rule]) for rule, options in self.rules.items()]
         runs += [(name, v.options, choices[v.like]) for name, v in self.variants.items()]
         return [self._job(s, rule, o, at["learning_rate"], at["beta"]) for s in seeds for rule, o, at in runs]
@@ -77,18 +78,16 @@ class Sweep:
         """For every rule the learning rate and beta with the highest mean score; the first of the grid among equals."""
         chosen = {}
         for rule in self.rules:
-            cells = {
-                (rate, beta): np.mean([score(row) for row in pick(rows, rule, rate, beta)])
-                for rate in self.learning_rates
-                for beta in self.betas
-            }
-            rate, beta = max(cells, key=lambda cell: float(cells[cell]))
+            means = {at: np.mean([score(row) for row in pick(rows, rule, *at)]) for at in self.grid.cells()}
+            rate, beta = max(means, key=lambda at: float(means[at]))
             chosen[rule] = {"learning_rate": rate, "beta": beta}
         return chosen
 
     def _job(self, seed: int, rule: str, options: Options, learning_rate: float, beta: float) -> Job:
         settings = {"rule": rule, "learning_rate": learning_rate, "beta": beta, "seed": seed}
-        return Job(settings, partial(_run, self.settings, seed, {**options, "learning_rate": learning_rate, "beta": beta}))
+        return Job(
+            settings, partial(_run, self.settings, seed, {**options, "learning_rate": learning_rate, "beta": beta})
+        )
 
 
 def pick(rows: Sequence[Row], rule: str, learning_rate: float, beta: float) -> list[Row]:
@@ -99,7 +98,7 @@ def pick(rows: Sequence[Row], rule: str, learning_rate: float, beta: float) -> l
 
 
 def score(row: Row) -> float:
-    """Mean of what was learned and what was kept: sampled reward on held-out problems, share of the known still solved."""
+    """Mean of learned and kept: sampled reward on held-out problems, and share of the known that is still solved."""
     return (float(row.values["target_after"]) + float(row.values["retained"])) / 2
 
 

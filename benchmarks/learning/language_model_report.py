@@ -1,4 +1,4 @@
-"""The report of a sweep: what was chosen, what confirmation measured, and every rule's difference from GRPO."""
+"""The report of a `ModelSuite`: what was chosen, what confirmation measured, and every rule's difference from GRPO."""
 
 from __future__ import annotations
 
@@ -8,50 +8,54 @@ import numpy as np
 
 from benchmarks.learning.experiment import Results, Row
 from benchmarks.learning.figures import sweeps
-from benchmarks.learning.language_model import BASELINE, Sweep, pick, score
+from benchmarks.learning.language_model import BASELINE, ModelSuite, pick, score
 from benchmarks.learning.paired import Interval, paired_interval
 from benchmarks.learning.report import Claim, Plot, Report, Table
 
 
-def report(sweep: Sweep, results: Results) -> Report:
+def report(suite: ModelSuite, results: Results) -> Report:
     """Of whatever is on record; claims are made of rules only, never of variants."""
     sections: list[Table | Plot] = []
     if results.choices is None:
         return Report(sections)
-    sections.append(_selection(sweep, results))
+    sections.append(_selection(suite, results))
     draw = {"front": sweeps.front, "learning_rates": sweeps.learning_rates}
     captions = {
-        "front": "Selection seeds: a line a rule through the betas at the rule's own learning rate; the largest is filled.",
+        "front": "Selection seeds: through the betas at each rule's own learning rate; the largest beta is filled.",
         "learning_rates": "Selection seeds: score at each learning rate, beta the best for the rule there.",
     }
     for name, function in draw.items():
-        filled = partial(function, sweep=sweep, rows=results.selection, choices=results.choices)
+        filled = partial(function, suite=suite, rows=results.selection, choices=results.choices)
         sections.append(Plot(name, captions[name], filled))
     if results.confirmation:
-        sections.append(_confirmation(sweep, results))
+        sections.append(_confirmation(suite, results))
     claims = []
-    for rule in sweep.rules:
+    for rule in suite.rules:
         if rule != BASELINE and (interval := _against_baseline(results.confirmation, rule)) is not None:
-            claims.append(Claim(f"{rule} - {BASELINE}, score, each at its own learning rate and beta", interval, "+.3f"))
+            claims.append(
+                Claim(f"{rule} - {BASELINE}, score, each at its own learning rate and beta", interval, "+.3f")
+            )
     return Report(sections, claims)
 
 
-def _selection(sweep: Sweep, results: Results) -> Table:
+def _selection(suite: ModelSuite, results: Results) -> Table:
     assert results.choices is not None
-    cells = [(rate, beta) for rate in sweep.learning_rates for beta in sweep.betas]
+    cells = suite.grid.cells()
     rows = []
-    for rule in sweep.rules:
+    for rule in suite.rules:
         chosen = (results.choices[rule]["learning_rate"], results.choices[rule]["beta"])
         values = [np.mean([score(row) for row in pick(results.selection, rule, *cell)]) for cell in cells]
-        rows.append([rule, *(f"**{v:.3f}**" if c == chosen else f"{v:.3f}" for c, v in zip(cells, values, strict=True))])
+        rows.append(
+            [rule, *(f"**{v:.3f}**" if c == chosen else f"{v:.3f}" for c, v in zip(cells, values, strict=True))]
+        )
     columns = ["rule", *(f"{rate:g}, {beta:g}" for rate, beta in cells)]
     return Table("Selection: mean score at learning rate, beta", columns, rows, "Bold: what was frozen.")
 
 
-def _confirmation(sweep: Sweep, results: Results) -> Table:
+def _confirmation(suite: ModelSuite, results: Results) -> Table:
     assert results.choices is not None
     rows = []
-    for name in (*sweep.rules, *sweep.variants):
+    for name in (*suite.rules, *suite.variants):
         runs = [row for row in results.confirmation if row.settings["rule"] == name]
         if not runs:
             continue

@@ -22,8 +22,8 @@ try:
     from torchjd import aggregation
 except ImportError as error:
     raise ImportError(
-        f"rules of TorchJD need it ({error}): pip install --no-deps torchjd, and for UPGrad qpsolvers and quadprog, for "
-        "CAGrad cvxpy and clarabel"
+        f"rules of TorchJD need it ({error}): pip install --no-deps torchjd; for UPGrad qpsolvers and quadprog too, "
+        "for CAGrad 'torchjd[cagrad]'"
     ) from error
 
 

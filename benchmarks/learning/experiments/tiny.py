@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.learning.experiment import Experiment
-from benchmarks.learning.language_model import PEERS, RULES, Sweep, Variant
+from benchmarks.learning.language_model import PEERS, RULES, ModelSuite, Variant
 from benchmarks.learning.language_model_report import report
-
+from benchmarks.learning.sweep import Grid
 from pcr_torch.train.models import cache_folder
 from pcr_torch.train.tiny import make_tiny
 from pcr_train.settings import Settings
 from pcr_train.tasks import Problem, Task, load_task
 
 TARGET, KNOWN = "chain_sum", "products"
-LESSONS, STEPS, HELDOUT, SAMPLES = 600, 30, 20, 4
+LESSONS, STEPS, PROMPTS, HELDOUT, SAMPLES = 600, 30, 8, 20, 4
 MATRICES = r"layers\.\d+\.(mlp|self_attn)\..*weight"
 
 
@@ -50,16 +50,15 @@ def start(seed: int) -> Path:
 def settings(seed: int) -> Settings:
     """Of every run of a seed, but for rule, learning rate and beta."""
     return Settings(
-        model=str(start(seed)), task=TARGET, retention_task=KNOWN, shots=0, steps=STEPS, prompts=8, generations=8,
+        model=str(start(seed)), task=TARGET, retention_task=KNOWN, shots=0, steps=STEPS, prompts=PROMPTS, generations=8,
         heldout=HELDOUT, samples=SAMPLES, seed=seed,
     )  # fmt: skip
 
 
-SWEEP = Sweep(
+SUITE = ModelSuite(
     settings,
     rules={**RULES, **PEERS},
-    learning_rates=(1e-4, 3e-4, 1e-3),
-    betas=(0.02, 0.1, 0.5),
+    grid=Grid((1e-4, 3e-4, 1e-3), (0.02, 0.1, 0.5)),
     variants={
         **{
             f"fixed alpha {alpha}": Variant("PCR of the paper", {"rule": "fixed", "alpha": alpha})
@@ -73,17 +72,17 @@ EXPERIMENT = Experiment(
     "tiny",
     question="Does any rule, or any aggregator of TorchJD, train a tiny transformer better than GRPO?",
     protocol=(
-        f"A transformer of 0.2 million parameters is taught {TARGET} and {KNOWN} (one digit) by {LESSONS} batches of worked "
-        "examples in which the teacher answers 70 % and shrugs otherwise. GRPO then trains "
-        f"{TARGET} for {STEPS} steps of 8 prompts x 8 responses, the rule acting on the MLP matrices. Measured: mean reward "
-        f"of {SAMPLES} sampled responses to each of {HELDOUT} held-out problems of {TARGET} (learned); the share of the "
-        f"problems of {KNOWN}, out of 48, solved greedily before that is still solved (kept); the score is the mean of "
-        "both. Every rule is swept over learning rate and beta on the selection seeds and takes its best cell to the "
-        "confirmation seeds. A seed fixes starting model, problems and random numbers, so rules are paired."
+        f"A transformer of 0.2 million parameters is taught {TARGET} and {KNOWN} (one digit) by {LESSONS} batches of "
+        "worked examples in which the teacher answers 70 % and shrugs otherwise. GRPO then trains "
+        f"{TARGET} for {STEPS} steps of {PROMPTS} prompts x 8 responses, the rule acting on the MLP matrices. Measured "
+        f"are the mean reward of {SAMPLES} sampled responses to each of {HELDOUT} held-out problems of {TARGET} (learned); the "
+        f"share of those problems of {KNOWN}, of 48, that were solved greedily before and still are (kept); the score "
+        "is the mean of both. Every rule is swept over learning rate and beta on the selection seeds and takes its best "
+        "cell to the confirmation seeds. A seed fixes starting model, problems and random numbers, so rules are paired."
     ),
     selection_seeds=(100,),
     confirmation_seeds=(0, 1, 2, 3),
-    jobs=SWEEP.jobs,
-    choose=SWEEP.choose,
-    report=functools.partial(report, SWEEP),
+    jobs=SUITE.jobs,
+    choose=SUITE.choose,
+    report=functools.partial(report, SUITE),
 )

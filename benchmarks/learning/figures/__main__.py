@@ -57,7 +57,7 @@ def save(path: Path, size: tuple[float, float], draw: Callable[[Figure], None]) 
 
 def _drawings() -> dict[str, tuple[tuple[float, float], Callable[[Any], None]]]:
     results = read_results(tiny.EXPERIMENT, RESULTS / "tiny")
-    selected = {"sweep": tiny.SWEEP, "rows": results.selection, "choices": results.choices}
+    selected = {"suite": tiny.SUITE, "rows": results.selection, "choices": results.choices}
     _, steps = smollm2.read()
     return {
         "front": ((9, 4), partial(sweeps.front, **selected)),

@@ -1,7 +1,7 @@
-"""Figures from one run of plain GRPO that measured every matrix: where the conflict is, and what rules would make of it.
+"""Figures from one run of plain GRPO that measured every matrix: where the conflict is, what rules would make of it.
 
-The run's statistics do not depend on the rules that are drawn: alpha and cos(update, S) are those that a rule would have
-chosen at each step of that one trajectory.
+The run's statistics do not depend on the rules that are drawn: alpha and cos(update, S) are those that a rule would
+have chosen at each step of that one trajectory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pcr_core import BlockStatistics, Rule
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Blocks = Mapping[str, list[Any]]
-"""The columns of `pcr_train.progress.block_columns` of one step."""
+Blocks = Mapping[str, Any]
+"""The columns of `pcr_train.progress.block_columns` of one step, and its number as "step"."""
 
 ALPHAS: dict[str, Rule] = {
     "variance (the paper's)": pcr_core.PCR(),
@@ -37,14 +37,20 @@ UPDATES: dict[str, tuple[str, Rule]] = {
 def heatmaps(figure: Figure, steps: Sequence[Blocks]) -> None:
     """cos(P, S) by layer and step: MLP and attention, as measured and without the noise both gradients share."""
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
-    grids = [
-        _grid(steps, mlp, key) for mlp in (True, False) for key in ("cosine", "cosine_debiased")
-    ]
+    grids = [_grid(steps, mlp, key) for mlp in (True, False) for key in ("cosine", "cosine_debiased")]
     limit = max(float(np.nanmax(np.abs(grid))) for grid in grids)
     titles = [f"{part}, {how}" for part in ("MLP", "attention") for how in ("as measured", "without shared noise")]
     for axis, grid, title in zip(axes.flat, grids, titles, strict=True):
-        image = axis.imshow(grid, aspect="auto", origin="lower", cmap="RdBu", vmin=-limit, vmax=limit,
-                            interpolation="nearest", extent=(0.5, grid.shape[1] + 0.5, -0.5, grid.shape[0] - 0.5))  # fmt: skip
+        image = axis.imshow(
+            grid,
+            aspect="auto",
+            origin="lower",
+            cmap="RdBu",
+            vmin=-limit,
+            vmax=limit,
+            interpolation="nearest",
+            extent=(steps[0]["step"] - 0.5, steps[-1]["step"] + 0.5, -0.5, grid.shape[0] - 0.5),
+        )
         plain(axis, title, "step" if title.startswith("attention") else "", "layer", grid=False)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("mean cos(P, S); red is conflict", fontsize=9)
@@ -75,7 +81,7 @@ def update_cosines(figure: Figure, steps: Sequence[Blocks]) -> None:
     axis = figure.subplots()
     for name, (look, rule) in UPDATES.items():
         quartiles = np.array([np.quantile(_cosines(rule, step), (0.25, 0.5, 0.75)) for step in steps])
-        places = np.arange(1, len(steps) + 1)
+        places = [step["step"] for step in steps]
         axis.plot(places, quartiles[:, 1], label=name, **mark(look))
         axis.fill_between(places, quartiles[:, 0], quartiles[:, 2], color=mark(look)["color"], alpha=0.12, linewidth=0)
     axis.axhline(0, color=INK, linewidth=0.8)

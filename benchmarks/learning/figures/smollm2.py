@@ -45,7 +45,7 @@ def observe(folder: Path, console: Console) -> None:
     replace_text(RECORD, "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines))
 
 
-def read() -> tuple[dict[str, Any], list[dict[str, list[Any]]]]:
+def read() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the run was, and the columns of every step that had both gradients (the first has no KL gradient)."""
     head, *rows = (json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines())
     steps = [{**head["blocks"], **row} for row in rows]

@@ -9,18 +9,18 @@ import numpy as np
 
 from benchmarks.learning.experiment import Choices, Row
 from benchmarks.learning.figures.style import mark, plain
-from benchmarks.learning.language_model import BASELINE, PEERS, RULES, Sweep, pick, score
+from benchmarks.learning.language_model import BASELINE, PEERS, RULES, ModelSuite, pick, score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def front(figure: Figure, sweep: Sweep, rows: Sequence[Row], choices: Choices) -> None:
+def front(figure: Figure, suite: ModelSuite, rows: Sequence[Row], choices: Choices) -> None:
     """Target against retention, a line a rule through the betas at the rule's own learning rate; small betas hollow."""
-    for axis, rules, title in _panels(figure, sweep):
+    for axis, rules, title in _panels(figure, suite):
         for rule in rules:
             rate = choices[rule]["learning_rate"]
-            cells = [pick(rows, rule, rate, beta) for beta in sweep.betas]
+            cells = [pick(rows, rule, rate, beta) for beta in suite.grid.betas]
             x, y = ([_mean(cell, key) for cell in cells] for key in ("retained", "target_after"))
             axis.plot(x, y, label=rule, markerfacecolor="white", **mark(rule))
             axis.plot(x[-1:], y[-1:], **mark(rule))
@@ -28,24 +28,24 @@ def front(figure: Figure, sweep: Sweep, rows: Sequence[Row], choices: Choices) -
         axis.legend(frameon=False, fontsize=7.5)
 
 
-def learning_rates(figure: Figure, sweep: Sweep, rows: Sequence[Row], choices: Choices) -> None:
+def learning_rates(figure: Figure, suite: ModelSuite, rows: Sequence[Row], choices: Choices) -> None:
     """Score against learning rate, each rule at the beta that is best for it there."""
-    for axis, rules, title in _panels(figure, sweep):
+    for axis, rules, title in _panels(figure, suite):
         for rule in rules:
             best = [
-                max(float(np.mean([score(r) for r in pick(rows, rule, rate, beta)])) for beta in sweep.betas)
-                for rate in sweep.learning_rates
+                max(float(np.mean([score(r) for r in pick(rows, rule, rate, beta)])) for beta in suite.grid.betas)
+                for rate in suite.grid.learning_rates
             ]
-            axis.plot(sweep.learning_rates, best, label=rule, **mark(rule))
+            axis.plot(suite.grid.learning_rates, best, label=rule, **mark(rule))
         axis.set_xscale("log")
-        axis.set_xticks(sweep.learning_rates, [f"{rate:g}" for rate in sweep.learning_rates])
+        axis.set_xticks(suite.grid.learning_rates, [f"{rate:g}" for rate in suite.grid.learning_rates])
         axis.minorticks_off()
         plain(axis, title, "learning rate of Adam", "score: mean of learned and kept")
         axis.legend(frameon=False, fontsize=7.5)
 
 
 def gradient_norms(figure: Figure, rows: Sequence[Row], rules: Sequence[str]) -> None:
-    """Norm of the update before clipping, mean over seeds with the range of the seeds, and its change from step to step."""
+    """Norm of the update before clipping: median and range over seeds, and how much it jumps from step to step."""
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     for rule in rules:
         norms = np.array([row.values["grad_norm"] for row in _of(rows, rule)], dtype=float)
@@ -75,9 +75,9 @@ def variants(figure: Figure, rows: Sequence[Row], names: Sequence[str]) -> None:
         plain(axis, title, "", "")
 
 
-def _panels(figure: Figure, sweep: Sweep) -> list[tuple[Any, list[str], str]]:
-    own = [rule for rule in sweep.rules if rule in RULES]
-    others = [rule for rule in sweep.rules if rule in PEERS]
+def _panels(figure: Figure, suite: ModelSuite) -> list[tuple[Any, list[str], str]]:
+    own = [rule for rule in suite.rules if rule in RULES]
+    others = [rule for rule in suite.rules if rule in PEERS]
     if not others:
         return [(figure.subplots(), own, "rules of this project")]
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
