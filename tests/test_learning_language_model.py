@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Iterator
@@ -64,6 +65,11 @@ def test_selection_is_the_whole_grid_and_confirmation_takes_the_choices():
     confirmed = [job.settings for job in SUITE.jobs((0,), choices)]
     at["fixed alpha 0.5"] = at["hard projection"]
     assert {s["rule"]: (s["learning_rate"], s["beta"]) for s in confirmed} == at
+
+
+def test_a_cross_is_the_middle_row_and_the_middle_column_of_the_grid():
+    suite = dataclasses.replace(SUITE, grid=Grid((1.0, 2.0, 3.0), (0.1, 0.2, 0.3)), cross=True)
+    assert suite.cells() == [(1.0, 0.2), (2.0, 0.1), (2.0, 0.2), (2.0, 0.3), (3.0, 0.2)]
 
 
 def test_choices_are_the_best_mean_scores_and_the_first_among_equals(results: Results):

@@ -50,8 +50,10 @@ class Outcome:
     seconds: float
 
 
-def train(settings: Settings, folder: Path, *, resume: bool = False, console: Console | None = None) -> Outcome:
-    """Runs or resumes training in `folder`.
+def train(
+    settings: Settings, folder: Path, *, resume: bool = False, console: Console | None = None, plot: bool = True
+) -> Outcome:
+    """Runs or resumes training in `folder`; without `plot`, no picture is drawn.
 
     Raises:
         ValueError: bad settings, a folder that is in use, or nothing to resume.
@@ -94,12 +96,14 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, console: Co
         after = exam.measure(engine, known)
     replace_text(folder / "after.json", json.dumps(after.to_json()) + "\n")
     rows = read_metrics(metrics.path)
-    plot = plots.draw(rows, folder / "plot.png", title=_title(settings))
+    picture = folder / "plot.png"
+    if plot:
+        plots.draw(rows, picture, title=_title(settings))
     other = exam.other.name if exam.other else ""
     saved = last_checkpoint(folder, kind)
     assert saved is not None  # the last step is always saved
     seconds = time.perf_counter() - started
-    return Outcome(folder, plot, metrics.path, saved, before, after, other, measure(rows), seconds)
+    return Outcome(folder, picture, metrics.path, saved, before, after, other, measure(rows), seconds)
 
 
 def last_checkpoint(folder: Path, kind: type[Engine]) -> Path | None:

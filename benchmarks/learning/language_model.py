@@ -57,18 +57,31 @@ class ModelSuite:
         settings: of a seed's runs, but for rule, learning rate and beta.
         rules: options of `Settings` by the name that tables show.
         grid: of learning rate and beta.
+        cross: of the grid only the cells with the middle learning rate or the middle beta.
         variants: further runs of confirmation.
     """
 
     settings: Callable[[int], Settings]
     rules: Mapping[str, Options]
     grid: Grid
+    cross: bool = False
     variants: Mapping[str, Variant] = field(default_factory=dict)
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """Learning rate and beta in the middle of the grid."""
+        rates, betas = self.grid.learning_rates, self.grid.betas
+        return rates[len(rates) // 2], betas[len(betas) // 2]
+
+    def cells(self) -> list[tuple[float, float]]:
+        """Learning rates and betas that every rule runs at on selection seeds."""
+        rate, beta = self.middle
+        return [cell for cell in self.grid.cells() if not self.cross or cell[0] == rate or cell[1] == beta]
 
     def jobs(self, seeds: tuple[int, ...], choices: Choices | None) -> list[Job]:
         """Of selection where choices is None, else of confirmation."""
         if choices is None:
-            cells = self.grid.cells()
+            cells = self.cells()
             return [self._job(s, rule, o, *at) for s in seeds for at in cells for rule, o in self.rules.items()]
         runs = [(rule, options, choices[rule]) for rule, options in self.rules.items()]
         runs += [(name, v.options, choices[v.like]) for name, v in self.variants.items()]
@@ -78,7 +91,7 @@ class ModelSuite:
         """For every rule the learning rate and beta with the highest mean score; the first of the grid among equals."""
         chosen = {}
         for rule in self.rules:
-            means = {at: np.mean([score(row) for row in pick(rows, rule, *at)]) for at in self.grid.cells()}
+            means = {at: np.mean([score(row) for row in pick(rows, rule, *at)]) for at in self.cells()}
             rate, beta = max(means, key=lambda at: float(means[at]))
             chosen[rule] = {"learning_rate": rate, "beta": beta}
         return chosen
@@ -111,7 +124,8 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     engine = load_engine(settings.framework)
     engine.configure(settings, 1)
     began = time.process_time()
-    outcome = train(settings, folder, resume=(folder / "settings.json").exists(), console=Console(quiet=True))
+    begun = (folder / "settings.json").exists()
+    outcome = train(settings, folder, resume=begun, console=Console(quiet=True), plot=False)
     seconds = time.process_time() - began
     if not outcome.after.retention:
         raise ValueError(f"the starting model solves no problem of {outcome.retention_task}: retention means nothing")

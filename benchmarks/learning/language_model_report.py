@@ -19,14 +19,15 @@ def report(suite: ModelSuite, results: Results) -> Report:
     if results.choices is None:
         return Report(sections)
     sections.append(_selection(suite, results))
-    draw = {"front": sweeps.front, "learning_rates": sweeps.learning_rates}
-    captions = {
-        "front": "Selection seeds: through the betas at each rule's own learning rate; the largest beta is filled.",
-        "learning_rates": "Selection seeds: score at each learning rate, beta the best for the rule there.",
-    }
-    for name, function in draw.items():
-        filled = partial(function, suite=suite, rows=results.selection, choices=results.choices)
-        sections.append(Plot(name, captions[name], filled))
+    front = partial(sweeps.front, suite=suite, rows=results.selection, choices=results.choices)
+    rates = partial(sweeps.learning_rates, suite=suite, rows=results.selection)
+    at = "at the middle" if suite.cross else "at its own best"
+    sections += [
+        Plot(
+            "front", f"Selection seeds: a line a rule over beta, {at} learning rate; the largest beta is filled.", front
+        ),
+        Plot("learning_rates", f"Selection seeds: score at each learning rate, {at} beta.", rates),
+    ]
     if results.confirmation:
         sections.append(_confirmation(suite, results))
     claims = []
@@ -40,7 +41,7 @@ def report(suite: ModelSuite, results: Results) -> Report:
 
 def _selection(suite: ModelSuite, results: Results) -> Table:
     assert results.choices is not None
-    cells = suite.grid.cells()
+    cells = suite.cells()
     rows = []
     for rule in suite.rules:
         chosen = (results.choices[rule]["learning_rate"], results.choices[rule]["beta"])

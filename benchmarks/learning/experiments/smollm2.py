@@ -14,8 +14,8 @@ STEPS, HELDOUT = 6, 24
 MEASURED = (
     "the mean of two numbers: the mean reward of sampled responses to held-out problems of the target (learned), and "
     "the share of one-digit products, of 48, that were solved greedily before and still are (kept). The likelihood of "
-    "a fixed text is reported beside it. Every rule is swept over learning rate and beta on the selection seeds and takes its "
-    "best cell to the confirmation seeds. A seed fixes problems and random numbers, so rules are paired."
+    "a fixed text is reported beside it. Every rule is swept over learning rate and beta on the selection seeds and "
+    "takes its best cell to the confirmation seeds. A seed fixes problems and random numbers, so rules are paired."
 )
 
 
@@ -34,8 +34,8 @@ EXPERIMENT = Experiment(
     "smollm2",
     question="Does PCR train SmolLM2-135M better than GRPO within the few steps that a CPU affords?",
     protocol=(
-        f"SmolLM2-135M-Instruct learns sums of two one-digit numbers for {STEPS} steps of 4 prompts x 8 responses; "
-        f"{HELDOUT} held-out problems. The score is {MEASURED}"
+        f"SmolLM2-135M-Instruct learns sums of two one-digit numbers for {STEPS} steps of 4 prompts x 8 "
+        f"responses; {HELDOUT} held-out problems. The score is {MEASURED}"
     ),
     selection_seeds=(100,),
     confirmation_seeds=(0, 1),

@@ -18,7 +18,7 @@ from pcr_train.settings import Settings
 from pcr_train.tasks import Problem, Task, load_task
 
 TARGET, KNOWN = "chain_sum", "products"
-LESSONS, STEPS, PROMPTS, HELDOUT, SAMPLES = 600, 30, 8, 20, 4
+LESSONS, STEPS, PROMPTS, HELDOUT, SAMPLES = 1000, 30, 8, 24, 4
 MATRICES = r"layers\.\d+\.(mlp|self_attn)\..*weight"
 
 
@@ -59,6 +59,7 @@ SUITE = ModelSuite(
     settings,
     rules={**RULES, **PEERS},
     grid=Grid((1e-4, 3e-4, 1e-3), (0.02, 0.1, 0.5)),
+    cross=True,
     variants={
         **{
             f"fixed alpha {alpha}": Variant("PCR of the paper", {"rule": "fixed", "alpha": alpha})
@@ -74,11 +75,12 @@ EXPERIMENT = Experiment(
     protocol=(
         f"A transformer of 0.2 million parameters is taught {TARGET} and {KNOWN} (one digit) by {LESSONS} batches of "
         "worked examples in which the teacher answers 70 % and shrugs otherwise. GRPO then trains "
-        f"{TARGET} for {STEPS} steps of {PROMPTS} prompts x 8 responses, the rule acting on the MLP matrices. Measured "
-        f"are the mean reward of {SAMPLES} sampled responses to each of {HELDOUT} held-out problems of {TARGET} (learned); the "
-        f"share of those problems of {KNOWN}, of 48, that were solved greedily before and still are (kept); the score "
-        "is the mean of both. Every rule is swept over learning rate and beta on the selection seeds and takes its best "
-        "cell to the confirmation seeds. A seed fixes starting model, problems and random numbers, so rules are paired."
+        f"{TARGET} for {STEPS} steps of {PROMPTS} prompts x 8 responses, the rule acting on the MLP matrices. Learned "
+        f"is the mean reward of {SAMPLES} sampled responses to each of {HELDOUT} held-out problems of {TARGET}; kept "
+        f"is the share of those problems of {KNOWN}, of 48, that were solved greedily before and still are; the score "
+        "is the mean of both. On the selection seeds every rule runs at each learning rate with the middle beta and at "
+        "each beta with the middle learning rate, and takes its best to the confirmation seeds. A seed fixes starting "
+        "model, problems and random numbers, so rules are paired."
     ),
     selection_seeds=(100,),
     confirmation_seeds=(0, 1, 2, 3),

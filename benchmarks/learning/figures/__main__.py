@@ -57,10 +57,10 @@ def save(path: Path, size: tuple[float, float], draw: Callable[[Figure], None]) 
 
 def _drawings() -> dict[str, tuple[tuple[float, float], Callable[[Any], None]]]:
     results = read_results(tiny.EXPERIMENT, RESULTS / "tiny")
-    selected = {"suite": tiny.SUITE, "rows": results.selection, "choices": results.choices}
+    selected = {"suite": tiny.SUITE, "rows": results.selection}
     _, steps = smollm2.read()
     return {
-        "front": ((9, 4), partial(sweeps.front, **selected)),
+        "front": ((9, 4), partial(sweeps.front, **selected, choices=results.choices)),
         "heatmap": ((9, 6), partial(blocks.heatmaps, steps=steps)),
         "gradient_norm": ((9, 4), partial(sweeps.gradient_norms, rows=results.confirmation, rules=NORMS)),
         "fixed_alpha": ((9, 3.8), partial(sweeps.variants, rows=results.confirmation, names=ALPHAS)),

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 
 def front(figure: Figure, suite: ModelSuite, rows: Sequence[Row], choices: Choices) -> None:
-    """Target against retention, a line a rule through the betas at the rule's own learning rate; small betas hollow."""
+    """Target against retention, a line a rule through the betas at the rule's own learning rate (of a cross, the middle
+    one); the largest beta is filled.
+    """
     for axis, rules, title in _panels(figure, suite):
         for rule in rules:
-            rate = choices[rule]["learning_rate"]
+            rate = suite.middle[0] if suite.cross else choices[rule]["learning_rate"]
             cells = [pick(rows, rule, rate, beta) for beta in suite.grid.betas]
             x, y = ([_mean(cell, key) for cell in cells] for key in ("retained", "target_after"))
             axis.plot(x, y, label=rule, markerfacecolor="white", **mark(rule))
@@ -28,12 +30,13 @@ def front(figure: Figure, suite: ModelSuite, rows: Sequence[Row], choices: Choic
         axis.legend(frameon=False, fontsize=7.5)
 
 
-def learning_rates(figure: Figure, suite: ModelSuite, rows: Sequence[Row], choices: Choices) -> None:
-    """Score against learning rate, each rule at the beta that is best for it there."""
+def learning_rates(figure: Figure, suite: ModelSuite, rows: Sequence[Row]) -> None:
+    """Score against learning rate, each rule at the beta that is best for it there (of a cross, the middle one)."""
     for axis, rules, title in _panels(figure, suite):
+        betas = suite.middle[1:] if suite.cross else suite.grid.betas
         for rule in rules:
             best = [
-                max(float(np.mean([score(r) for r in pick(rows, rule, rate, beta)])) for beta in suite.grid.betas)
+                max(float(np.mean([score(r) for r in pick(rows, rule, rate, beta)])) for beta in betas)
                 for rate in suite.grid.learning_rates
             ]
             axis.plot(suite.grid.learning_rates, best, label=rule, **mark(rule))
