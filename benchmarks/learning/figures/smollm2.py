@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from benchmarks.learning.experiment import RESULTS
 from benchmarks.learning.record import environment
 from pcr_train.engine import load_engine
+from pcr_train.meter import measure
 from pcr_train.progress import read_metrics
 from pcr_train.run import train
 from pcr_train.settings import Settings, make_settings, replace_text
@@ -34,12 +36,17 @@ DIGITS = 4
 def observe(folder: Path, console: Console) -> None:
     """Runs it, or goes on with it, in `folder` (about 5 minutes on 2 idle cores), and writes the record."""
     load_engine(SETTINGS.framework).configure(SETTINGS, None)
-    outcome = train(SETTINGS, folder, resume=(folder / "settings.json").exists(), console=console)
-    rows = read_metrics(outcome.metrics)
+    train(SETTINGS, folder, resume=(folder / "settings.json").exists(), console=console)
+    write(folder)
+
+
+def write(folder: Path) -> None:
+    """The record of the run in `folder`."""
+    rows = read_metrics(folder / "metrics.jsonl")
     first = rows[0]["blocks"]
     head = {"environment": environment(), "settings": json.loads((folder / "settings.json").read_text("utf-8"))}
     head["blocks"] = {key: first[key] for key in ("name", "layer", "family")}
-    head["sentence"] = outcome.meter.sentence
+    head["meter"] = asdict(measure(rows))
     lines = [head, *({"step": row["step"], **{key: _short(row["blocks"][key]) for key in COLUMNS}} for row in rows)]
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     replace_text(RECORD, "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines))
