@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 Blocks = Mapping[str, Any]
 """The columns of `pcr_train.progress.block_columns` of one step, and its number as "step"."""
 
-ALPHAS: dict[str, Rule] = {
-    "variance (the paper's)": pcr_core.PCR(),
-    "snr": pcr_core.PCR(alpha="snr"),
-}
 UPDATES: dict[str, tuple[str, Rule]] = {
     "GRPO": ("GRPO", pcr_core.GRPO()),
     "PCR of the paper, literal": ("hard projection", pcr_core.PCR.paper(update="literal")),
@@ -58,22 +54,28 @@ def heatmaps(figure: Figure, steps: Sequence[Blocks]) -> None:
 
 
 def alpha_density(figure: Figure, steps: Sequence[Blocks]) -> None:
-    """How alpha is spread over blocks and steps, by family of matrices; a violin with its median."""
+    """How alpha is spread over blocks and steps, by family of matrices; a violin with its median.
+
+    The paper's alpha is so close to 1 that its distance from 1 is drawn, on a logarithmic axis.
+    """
     families = list(dict.fromkeys(steps[0]["family"]))
-    axes = figure.subplots(1, len(ALPHAS), sharey=True)
-    for axis, (name, rule) in zip(axes, ALPHAS.items(), strict=True):
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, rule in ((left, pcr_core.PCR()), (right, pcr_core.PCR(alpha="snr"))):
         found: dict[str, list[float]] = {family: [] for family in families}
         for step in steps:
             present, statistics = _statistics(step)
             for family, alpha in zip(np.array(step["family"])[present], rule(statistics).alpha, strict=True):
-                found[family].append(float(alpha))
+                found[family].append(float(np.log10(1 - alpha) if axis is left else alpha))
         parts = axis.violinplot([found[f] for f in families], vert=False, showmedians=True, showextrema=False)
         for body in parts["bodies"]:
             body.set(facecolor="#56b4e9", edgecolor=INK, alpha=0.8, linewidth=0.6)
         parts["cmedians"].set(color=INK, linewidth=1.5)
         axis.set_yticks(range(1, len(families) + 1), families)
-        axis.set_xlim(-0.02, 1.02)
-        plain(axis, f"alpha from {name}", "alpha", "")
+    ticks = range(int(np.floor(left.get_xlim()[0])), 1)
+    left.set_xticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
+    right.set_xlim(-0.02, 1.02)
+    plain(left, "alpha from variances (the paper's)", "1 - alpha", "")
+    plain(right, "alpha from signal-to-noise ratios", "alpha", "")
 
 
 def update_cosines(figure: Figure, steps: Sequence[Blocks]) -> None:

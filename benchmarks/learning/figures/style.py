@@ -24,6 +24,7 @@ def plain(axis: Any, title: str, x: str, y: str, *, grid: bool = True) -> None:
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
     axis.tick_params(labelsize=8)
-    axis.grid(grid, color=QUIET, linewidth=0.7)
+    if grid:
+        axis.grid(True, color=QUIET, linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
