@@ -20,7 +20,7 @@ import torch
 import pcr_core
 from measure import Way, compare, show
 
-BLOCKS, DECISIONS = 90, 10
+BLOCKS, DECISIONS = 90, 3
 RULES = {
     "GRPO": "grpo",
     "PCR": "pcr",
