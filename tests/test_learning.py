@@ -42,7 +42,7 @@ def test_stages_in_order(tmp_path: Path):
     run_all(TOY, tmp_path, tmp_path / "scratch", QUIET)
     assert json.loads((tmp_path / "frozen.json").read_text())["choices"] == {"rate": 2}
     assert [row.settings["seed"] for row in read_rows(tmp_path / "confirmation.jsonl")] == [5, 6, 7]
-    write_report(TOY, tmp_path)
+    assert write_report(TOY, tmp_path) == []  # no headline
     page = (tmp_path / "report.md").read_text()
     assert "| score - 2 | +0.6000 [+0.3516, +0.8484] | 3 |" in page
     assert "seeds 5, 6, 7" in page

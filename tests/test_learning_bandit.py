@@ -20,7 +20,7 @@ from benchmarks.learning.bandit import (
     start_accuracy,
     streams,
 )
-from benchmarks.learning.sweep import Grid, best_pair, front_area, matched_beta
+from benchmarks.learning.sweep import Grid, best_pair, front_height, matched_beta
 
 REGIME = Regime(prompts=4, group=4, flips=0.2)
 BETA = 0.3
@@ -77,11 +77,10 @@ def test_statistics_are_those_of_differentiated_contributions(step):
         for name in pcr.BlockStatistics.__dataclass_fields__:
             expected = getattr(exact, name)
             np.testing.assert_allclose(getattr(mine, name), expected, rtol=2e-4, atol=1e-6 * np.abs(expected).max())
-    even, first = np.arange(16) % 2 == 0, np.arange(flat.shape[1]) < sizes[0]
+    first = np.arange(flat.shape[1]) < sizes[0]
     for block, inside in enumerate((first, ~first)):
-        halves = [[x[half][:, inside].sum(0) for half in (even, ~even)] for x in (p, s)]
-        cross = 2 * (halves[0][0] @ halves[1][1] + halves[0][1] @ halves[1][0])
-        np.testing.assert_allclose(found.cross_dot[block], cross, rtol=1e-3)
+        q = (p[:, inside] @ s[:, inside].sum(0)).reshape(4, 4)
+        np.testing.assert_allclose(found.along[block], 4 / 3 * np.sum((q - q.mean(1, keepdims=True)) ** 2), rtol=1e-3)
 
 
 @pytest.mark.parametrize("rule", [pcr.PCR(alpha=0.5), pcr.PCR.paper(), pcr.PCGrad()], ids=["half", "paper", "pcgrad"])
@@ -118,6 +117,8 @@ def test_tuning_finds_the_top_between_cells():
     rate, beta = best_pair(grid, -((x + 1.3) ** 2) - (y + 0.8) ** 2)
     assert (rate, beta) == pytest.approx((10**-1.3, 10**-0.8), rel=0.01)
     assert best_pair(grid, x + y) == (1.0, 1.0)
+    assert best_pair(grid, -((x + 1.3) ** 2) + y) == (pytest.approx(10**-1.3, rel=0.01), 1.0)
+    assert best_pair(grid, -((x + 1.3) ** 2))[0] == pytest.approx(10**-1.3, rel=0.01)
 
 
 def test_matched_beta_lies_between_cells():
@@ -126,6 +127,9 @@ def test_matched_beta_lies_between_cells():
     assert matched_beta(grid, np.asarray([[0.7, 0.8, 0.9]]), 1.0, 0.6) == 0.01
 
 
-def test_front_area_ignores_dominated_points():
+def test_front_ignores_dominated_points_and_what_is_not_reached():
     target, general = np.asarray([[0.9], [0.5], [0.4]]), np.asarray([[0.5], [0.9], [0.4]])
-    assert front_area(target, general, 0.1)[0] == pytest.approx(0.8 * 0.4 + 0.4 * 0.4)
+    low, high = np.asarray([0.5]), np.asarray([0.9])
+    assert front_height(target, general, low, high, 0.1)[0] == pytest.approx(0.7)
+    assert front_height(target, general, low - 0.3, high - 0.4, 0.1)[0] == pytest.approx(0.9)
+    assert front_height(target, general, low + 0.45, high + 0.1, 0.1)[0] == pytest.approx(0.1)

@@ -72,7 +72,7 @@ def report(
                 console.print(f"{one}: nothing on record", markup=False, highlight=False)
                 continue
             if claims := write_report(experiment, folder):
-                note = f"`python -m benchmarks.learning run {one}`. {CLAIM_NOTE}"
+                note = f"`python -m benchmarks.learning run {one}`; all: `{folder.name}/report.md`. {CLAIM_NOTE}"
                 tables.append(Table(one, CLAIM_COLUMNS, claims, note))
             console.print(str(folder / "report.md"), markup=False, highlight=False)
         if name is None and EVIDENCE.exists():

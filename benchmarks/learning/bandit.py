@@ -11,7 +11,7 @@ Runs of one instance with different learning rates, betas and rules share all ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
@@ -68,25 +68,37 @@ class Instance(NamedTuple):
     key: Array
 
 
-class Measured(NamedTuple):
-    """What one step knows before it decides.
+class Streams(NamedTuple):
+    """Both totals of one batch, and what is known of them.
 
-    `metric` has the same sums as `statistics` in the inner product that Adam's preconditioner defines, `halves` those
-    of the two halves of every group (even and odd responses): |S|^2 and P.S across halves, where noise is not shared.
+    Attributes:
+        plasticity, stability: P and S.
+        statistics: in the ordinary inner product.
+        metric: the same sums in the inner product of the optimizer's preconditioner.
+        along: (blocks,) estimate of Var(P.S) for this S, from the scatter of p_i.S within groups.
     """
 
+    plasticity: Params
+    stability: Params
     statistics: BlockStatistics[Array]
     metric: BlockStatistics[Array]
-    cross_dot: Array  # (blocks,) P_even.S_odd + P_odd.S_even, times 2: unbiased for mu_p.mu_s
-    beta: Array
+    along: Array
+
+
+class Decision(NamedTuple):
+    """The update is a P + b S in each block, plus `extra`."""
+
+    weights: Weights[Array]
+    extra: Params
+    state: Any
 
 
 class Method(Protocol):
-    """A rule with a memory: `start` its state, and at each step weights and the next state."""
+    """A rule with a memory: its first state, and at each step (share of training done) a decision with the next one."""
 
-    def start(self) -> Any: ...
+    def start(self, params: Params) -> Any: ...
 
-    def decide(self, measured: Measured, state: Any) -> tuple[Weights[Array], Any]: ...
+    def decide(self, streams: Streams, progress: Array, state: Any) -> Decision: ...
 
 
 @dataclass(frozen=True)
@@ -95,21 +107,11 @@ class Memoryless:
 
     rule: Rule
 
-    def start(self) -> Any:
+    def start(self, params: Params) -> Any:
         return ()
 
-    def decide(self, measured: Measured, state: Any) -> tuple[Weights[Array], Any]:
-        return self.rule(measured.statistics), state
-
-
-class Streams(NamedTuple):
-    """Both totals and the sums of per-response contributions, of one batch."""
-
-    plasticity: Params
-    stability: Params
-    statistics: BlockStatistics[Array]
-    metric: BlockStatistics[Array]
-    cross_dot: Array
+    def decide(self, streams: Streams, progress: Array, state: Any) -> Decision:
+        return Decision(self.rule(streams.statistics), jax.tree.map(jnp.zeros_like, streams.plasticity), state)
 
 
 class Outcome(NamedTuple):
@@ -296,17 +298,17 @@ def streams(
     square_x, square_h = jnp.sum(contexts**2, axis=1), jnp.sum(hidden**2, axis=1)
     plain = sums(ones, square_x[:, None] * jnp.ones((1, HIDDEN)), square_h[:, None] * jnp.ones((1, ACTIONS)))
     metric = sums(scale, contexts**2 @ scale.first, hidden**2 @ scale.second)
-    return Streams(plasticity, stability, plain, metric, _cross(cotangents, totals, gradient))
-
-
-def _cross(
-    cotangents: Array, totals: Callable[[Array], tuple[Array, Array]], gradient: Callable[[Any], Params]
-) -> Array:
-    """2 (P_even.S_odd + P_odd.S_even) per block, where even and odd responses of each group are disjoint halves."""
-    even = jnp.arange(cotangents.shape[2]) % 2 == 0
-    half = [[gradient(totals(c * mask)) for mask in (even, ~even)] for c in cotangents]
-    products = [jnp.stack([jnp.sum(a * b) for a, b in zip(half[0][i], half[1][1 - i])]) for i in (0, 1)]
-    return 2 * (products[0] + products[1])
+    along_s = jnp.stack(
+        [
+            jnp.einsum("qgh,qh->qg", back, contexts @ stability.first),
+            jnp.einsum("qgk,qk->qg", error, hidden @ stability.second),
+        ],
+        axis=-1,
+    )
+    products = cotangents[0][..., None] * along_s  # p_i.S, (prompts, group, blocks)
+    squares = (products**2).reshape(prompts * group, 2)
+    along = pcr_core.stratified_variance(squares, jnp.sum(products, axis=1) ** 2, ids)
+    return Streams(plasticity, stability, plain, metric, along)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -339,22 +341,24 @@ def _train(
         actions, rewards, reference = responses(params, instance.start, batch)
         correction = 1 - 0.99 ** jnp.maximum(index, 1)
         scale = jax.tree.map(lambda v: 1 / (jnp.sqrt(v / correction) + 1e-8), optimizer.nu)
-        scale = jax.tree.map(lambda x: jnp.where(index > 0, x, jnp.ones_like(x)), scale)
+        plain = (index == 0) | (regime.optimizer == "sgd")
+        scale = jax.tree.map(lambda x: jnp.where(plain, jnp.ones_like(x), x), scale)
         both = streams(params, batch.contexts, actions, rewards, reference, beta, scale)
-        measured = Measured(both.statistics, both.metric, both.cross_dot, beta)
-        weights, state = jax.lax.switch(which, branches, measured, state)
+        decision = jax.lax.switch(which, branches, both, index / STEPS, state)
+        weights = decision.weights
         update, _ = pcr_jax.resolve(both.plasticity, both.stability, both.statistics, lambda _: weights, blocks=blocks)
+        update = Params(*(u + e for u, e in zip(update, decision.extra)))
         direction, optimizer = adam.update(update, optimizer)
         if regime.optimizer == "sgd":
             direction = update
         params = Params(*(p - learning_rate * u for p, u in zip(params, direction)))
-        return (params, optimizer, state), (weights.stability - 1, both.statistics)
+        return (params, optimizer, decision.state), (weights.stability - 1, both.statistics)
 
     def stretch(carry: Any, start: Array) -> Any:
         carry, seen = jax.lax.scan(step, carry, start + jnp.arange(EVALUATE_EVERY))
         return carry, (_accuracies(instance, carry[0]), seen)
 
-    start = (instance.start, adam.init(instance.start), tuple(method.start() for method in methods))
+    start = (instance.start, adam.init(instance.start), tuple(method.start(instance.start) for method in methods))
     _, ((target, general), (boost, stats)) = jax.lax.scan(stretch, start, jnp.arange(0, STEPS, EVALUATE_EVERY))
     third = STEPS // EVALUATE_EVERY // 3
 
@@ -376,7 +380,7 @@ def _train(
 
 
 def _decide(
-    methods: tuple[Method, ...], index: int, measured: Measured, states: tuple[Any, ...]
-) -> tuple[Weights[Array], tuple[Any, ...]]:
-    weights, state = methods[index].decide(measured, states[index])
-    return weights, (*states[:index], state, *states[index + 1 :])
+    methods: tuple[Method, ...], index: int, streams: Streams, progress: Array, states: tuple[Any, ...]
+) -> Decision:
+    decision = methods[index].decide(streams, progress, states[index])
+    return decision._replace(state=(*states[:index], decision.state, *states[index + 1 :]))

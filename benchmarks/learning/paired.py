@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,6 +21,10 @@ class Interval:
     high: float
     p: float
     n: int
+
+    def times(self, factor: float) -> Interval:
+        """In other units."""
+        return replace(self, mean=factor * self.mean, low=factor * self.low, high=factor * self.high)
 
     def __format__(self, spec: str) -> str:
         spec = spec or "+.4f"

@@ -51,11 +51,13 @@ class Claim:
     Attributes:
         statement: what is compared, such as "PCR() - GRPO, noisy rewards, each at its own best".
         interval: of the difference, with the p of its test.
+        headline: whether it is shown in docs/evidence.md; report.md shows all.
         spec: how its numbers are written.
     """
 
     statement: str
     interval: Interval
+    headline: bool = False
     spec: str = "+.4f"
 
 
@@ -74,7 +76,7 @@ def read_results(experiment: Experiment, folder: Path) -> Results:
 
 
 def write_report(experiment: Experiment, folder: Path) -> list[list[str]]:
-    """Writes report.md and its plots into the folder; returns the rows of the table of claims."""
+    """Writes report.md and its plots into the folder; returns the rows of the headline claims."""
     report = experiment.report(read_results(experiment, folder))
     parts = [f"# {experiment.name}", experiment.question, experiment.protocol, _provenance(experiment, folder)]
     for section in report.sections:
@@ -87,7 +89,7 @@ def write_report(experiment: Experiment, folder: Path) -> list[list[str]]:
     if claims:
         parts.append(Table("Claims", CLAIM_COLUMNS, claims, CLAIM_NOTE).markdown())
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return claims
+    return [cells for cells, claim in zip(claims, report.claims, strict=True) if claim.headline]
 
 
 CLAIM_COLUMNS = ("claim", "difference [95 %]", "instances", "p after Holm", "shown")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.learning.bandit import ACTIONS, Method, Regime, simulate
 from benchmarks.learning.experiment import Choices, Job, Row
-from benchmarks.learning.sweep import Grid, best_beta_over_rates, best_pair, front_area, matched_beta, nearest
+from benchmarks.learning.sweep import Grid, best_beta_over_rates, best_pair, front_height, matched_beta, nearest
 
 CHUNK = 16
 VANISHING = 1e-6
@@ -53,11 +53,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Suite:
-    """`baseline` is the method that the others are compared with."""
+    """`baseline` is the method that the others are compared with; without `fronts`, best, rates and slow are all."""
 
     places: Mapping[str, Place]
     methods: Mapping[str, Method]
     baseline: str
+    fronts: bool = True
 
     def jobs(self, seeds: tuple[int, ...], choices: Choices | None) -> list[Job]:
         """One per regime and CHUNK instances."""
@@ -66,7 +67,7 @@ class Suite:
             if choices is None:
                 cells = [place.grid.cells()] * len(self.methods)
             else:
-                cells = [confirmed_cells(place, settings_of(choices, name, method)) for method in self.methods]
+                cells = [self.confirmed(place, settings_of(choices, name, method)) for method in self.methods]
             for start in range(0, len(seeds), CHUNK):
                 part = seeds[start : start + CHUNK]
                 identity = {"regime": name, "first_seed": part[0], "seeds": len(part)}
@@ -78,13 +79,24 @@ class Suite:
         accuracies = {"target": out.target, "general": out.general, "drawdown": out.drawdown}
         if selection:
             return {name: _rounded(x.mean(axis=-1)) for name, x in accuracies.items()}
-        rows = {name: np.rint(1e4 * x).astype(int).tolist() for name, x in accuracies.items() if name != "drawdown"}
-        rows["drawdown_matched"] = np.rint(1e4 * out.drawdown[:, -1]).astype(int).tolist()
+        means = {name: _rounded(getattr(out, name)[:, 0].mean(axis=-1)) for name in DIAGNOSTICS}
+        if not self.fronts:
+            return {"unit": 1e-4, "score": _units((out.target + out.general) / 2), **means}
         return {
             "unit": 1e-4,
-            **rows,
-            **{name: _rounded(getattr(out, name)[:, 0].mean(axis=-1)) for name in DIAGNOSTICS},
+            "target": _units(out.target),
+            "general": _units(out.general),
+            "drawdown_matched": _units(out.drawdown[:, -1]),
+            **means,
         }
+
+    def confirmed(self, place: Place, chosen: Settings) -> list[tuple[float, float]]:
+        """In the order that `measures` reads: best; over the rates; slow; over beta; beta -> 0 and 0; matched."""
+        rate, beta = chosen.best
+        cells = [(rate, beta), *((r, chosen.over_rates) for r in place.rates), (chosen.slow, beta)]
+        if not self.fronts:
+            return cells
+        return [*cells, *((rate, b) for b in place.grid.betas), (rate, VANISHING), (rate, 0.0), chosen.matched]
 
     def choose(self, rows: Sequence[Row]) -> Choices:
         """`Settings` of every regime and method, as JSON."""
@@ -122,20 +134,6 @@ def settings_of(choices: Choices, regime: str, method: str) -> Settings:
     return Settings(tuple(found["best"]), found["over_rates"], found["slow"], tuple(found["matched"]))
 
 
-def confirmed_cells(place: Place, chosen: Settings) -> list[tuple[float, float]]:
-    """In the order that `Measures` reads: best; over the rates; over beta; slow; beta -> 0 and 0; matched (last)."""
-    rate, beta = chosen.best
-    return [
-        (rate, beta),
-        *((r, chosen.over_rates) for r in place.rates),
-        *((rate, b) for b in place.grid.betas),
-        (chosen.slow, beta),
-        (rate, VANISHING),
-        (rate, 0.0),
-        chosen.matched,
-    ]
-
-
 @dataclass(frozen=True)
 class Measures:
     """What confirmation measured of one method in one regime, each (instances,).
@@ -143,7 +141,8 @@ class Measures:
     Attributes:
         best: score at its own best learning rate and beta.
         rates: mean score over the learning rates, with its own best beta for that.
-        area: of the front of target against general accuracy over beta, at its own best learning rate, above chance.
+        front_height: target accuracy along the front over beta, at its own best learning rate, mean over the general
+            accuracies that the baseline's front spans.
         slow: score at a tenth of the baseline's best learning rate, with its own best beta.
         jump: |score at beta = 1e-6 - score at beta = 0|, at its own best learning rate.
         matched_drawdown, matched_general, matched_target: with the beta at which it retains as much as the baseline.
@@ -153,7 +152,7 @@ class Measures:
 
     best: NDArray[np.float64]
     rates: NDArray[np.float64]
-    area: NDArray[np.float64]
+    front_height: NDArray[np.float64]
     slow: NDArray[np.float64]
     jump: NDArray[np.float64]
     matched_drawdown: NDArray[np.float64]
@@ -164,28 +163,32 @@ class Measures:
 
 
 def measures(suite: Suite, rows: Sequence[Row], regime: str, method: str) -> Measures:
-    """Reads confirmation's rows."""
+    """Reads confirmation's rows; what a suite without fronts lacks is empty."""
     place, index = suite.places[regime], list(suite.methods).index(method)
     mine = [row for row in rows if row.settings["regime"] == regime]
-    target, general = (
-        np.concatenate([np.asarray(row.values[name][index], dtype=float) for row in mine], axis=-1) * 1e-4
-        for name in ("target", "general")
-    )
-    drawdown = np.concatenate([np.asarray(row.values["drawdown_matched"][index], dtype=float) for row in mine]) * 1e-4
+
+    def read(name: str, index: int = index) -> NDArray[np.float64]:
+        return 1e-4 * np.concatenate([np.asarray(row.values[name][index], dtype=float) for row in mine], axis=-1)
+
+    target, general = (read("target"), read("general")) if suite.fronts else (read("score"),) * 2
     score = (target + general) / 2
-    a = 1 + len(place.rates)
-    b = a + len(place.grid.betas)
+    slow = 1 + len(place.rates)
+    front = slice(slow + 1, slow + 1 + (len(place.grid.betas) if suite.fronts else 0))
+    none = height = np.empty(0)
+    if suite.fronts:
+        spanned = read("general", list(suite.methods).index(suite.baseline))[front]
+        height = front_height(target[front], general[front], spanned.min(axis=0), spanned.max(axis=0), 1 / ACTIONS)
     return Measures(
         best=score[0],
-        rates=score[1:a].mean(axis=0),
-        area=front_area(target[a:b], general[a:b], 1 / ACTIONS),
-        slow=score[b],
-        jump=np.abs(score[b + 1] - score[b + 2]),
-        matched_drawdown=drawdown,
-        matched_general=general[b + 3],
-        matched_target=target[b + 3],
-        front=np.stack([target[a:b].mean(axis=1), general[a:b].mean(axis=1)]),
-        over_rates=score[1:a].mean(axis=1),
+        rates=score[1:slow].mean(axis=0),
+        slow=score[slow],
+        over_rates=score[1:slow].mean(axis=1),
+        front_height=height,
+        jump=np.abs(score[-3] - score[-2]) if suite.fronts else none,
+        matched_drawdown=read("drawdown_matched") if suite.fronts else none,
+        matched_general=general[-1] if suite.fronts else none,
+        matched_target=target[-1] if suite.fronts else none,
+        front=np.stack([target[front].mean(axis=1), general[front].mean(axis=1)]) if suite.fronts else none,
     )
 
 
@@ -199,3 +202,7 @@ def diagnostics(suite: Suite, rows: Sequence[Row], regime: str, method: str) -> 
 
 def _rounded(x: NDArray[Any]) -> Any:
     return [[float(f"{v:.5g}") for v in row] for row in x] if x.ndim == 2 else [float(f"{v:.5g}") for v in x]
+
+
+def _units(x: NDArray[Any]) -> Any:
+    return np.rint(1e4 * x).astype(int).tolist()
