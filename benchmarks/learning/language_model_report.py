@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.learning.experiment import Results, Row
 from benchmarks.learning.figures import sweeps
-from benchmarks.learning.language_model import BASELINE, ModelSuite, pick, score
+from benchmarks.learning.language_model import BASELINE, RULES, ModelSuite, pick, score
 from benchmarks.learning.paired import Interval, paired_interval
 from benchmarks.learning.report import Claim, Plot, Report, Table
 
@@ -33,9 +33,8 @@ def report(suite: ModelSuite, results: Results) -> Report:
     claims = []
     for rule in suite.rules:
         if rule != BASELINE and (interval := _against_baseline(results.confirmation, rule)) is not None:
-            claims.append(
-                Claim(f"{rule} - {BASELINE}, score, each at its own learning rate and beta", interval, "+.3f")
-            )
+            statement = f"{rule} - {BASELINE}, score, each at its own learning rate and beta"
+            claims.append(Claim(statement, interval, headline=rule in RULES, spec="+.3f"))
     return Report(sections, claims)
 
 
