@@ -40,7 +40,7 @@ def test_benchmarks_run(command: tuple[str, ...], ways: int, tmp_path: Path) -> 
 
 
 def test_shared_noise_runs() -> None:
-    command = [sys.executable, str(FOLDER / "shared_noise.py"), "--policies", "2", "--draws", "50"]
+    command = [sys.executable, str(FOLDER / "shared_noise.py"), "--policies", "2", "--draws", "1000"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("(") == 12

@@ -2,8 +2,8 @@
 
 Reward and KL gradient come from the same responses, so their errors go together, and P.S is negative (or positive) by
 v_ps on average where the true gradients have nothing to do with each other (math.md section 4, "Shared noise"). Every
-rule measures this; `--rule grpo` does so and changes nothing. The estimate takes the responses of a group as independent,
-which group-normalised advantages are only nearly: `benchmarks/shared_noise.py` shows how far off that is.
+rule measures this; `--rule grpo` does so and changes nothing. The estimate takes the responses of a group as
+independent, and with group-normalised advantages they are only nearly so: see `benchmarks/shared_noise.py`.
 """
 
 from __future__ import annotations
