@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parents[3] / "docs" / "figures"
-NORMS = ("GRPO", "hard projection", "PCR of the paper", "PCR, snr, capped")
+NORMS = ("GRPO", "PCR of the paper", "PCR, snr, capped")
 ALPHAS = ("GRPO", "fixed alpha 0.2", "fixed alpha 0.5", "fixed alpha 0.8", "PCR of the paper")
 BLOCKS = ("GRPO", "PCR of the paper", "PCR of the paper, attention too")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.learning.experiment import Choices, Row
-from benchmarks.learning.figures.style import mark, plain
+from benchmarks.learning.figures.style import QUIET, mark, plain
 from benchmarks.learning.language_model import BASELINE, PEERS, RULES, ModelSuite, pick, score
 
 if TYPE_CHECKING:
@@ -16,17 +16,19 @@ if TYPE_CHECKING:
 
 
 def front(figure: Figure, suite: ModelSuite, rows: Sequence[Row], choices: Choices) -> None:
-    """Target against retention, a line a rule through the betas at the rule's own learning rate (of a cross, the middle
-    one); the largest beta is filled.
+    """Target against drift, a line a rule through the betas, at its own learning rate (of a cross, the middle one).
+
+    Drift is the KL to the starting model, mean over the last third of the steps; the largest beta is filled.
     """
     for axis, rules, title in _panels(figure, suite):
         for rule in rules:
             rate = suite.middle[0] if suite.cross else choices[rule]["learning_rate"]
             cells = [pick(rows, rule, rate, beta) for beta in suite.grid.betas]
-            x, y = ([_mean(cell, key) for cell in cells] for key in ("retained", "target_after"))
+            x = [float(np.mean([_late(row.values["kl"]) for row in cell])) for cell in cells]
+            y = [float(np.mean([row.values["target_after"] for row in cell])) for cell in cells]
             axis.plot(x, y, label=rule, markerfacecolor="white", **mark(rule))
             axis.plot(x[-1:], y[-1:], **mark(rule))
-        plain(axis, title, "known problems still solved", "reward on held-out problems")
+        plain(axis, title, "KL to the starting model, nats a token", "reward on held-out problems")
         axis.legend(frameon=False, fontsize=7.5)
 
 
@@ -57,6 +59,8 @@ def gradient_norms(figure: Figure, rows: Sequence[Row], rules: Sequence[str]) ->
         left.plot(steps, np.median(norms, axis=0), label=rule, **look)
         left.fill_between(steps, norms.min(0), norms.max(0), color=look["color"], alpha=0.12, linewidth=0)
     left.set_yscale("log")
+    for ticks in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     left.legend(frameon=False, fontsize=7.5)
     plain(left, "norm of the update: median and range over seeds", "step", "norm (log)")
     spread = {rule: [_unrest(row.values["grad_norm"]) for row in _of(rows, rule)] for rule in rules}
@@ -65,7 +69,7 @@ def gradient_norms(figure: Figure, rows: Sequence[Row], rules: Sequence[str]) ->
 
 
 def variants(figure: Figure, rows: Sequence[Row], names: Sequence[str]) -> None:
-    """Score, and its two parts, of runs at one learning rate and beta; a dot a seed."""
+    """Score, and its two parts, of each; a dot a seed, joined by grey lines, and a bar for the mean."""
     axes = figure.subplots(1, 3)
     measures: Iterable[tuple[Any, str, Any]] = zip(
         axes,
@@ -88,19 +92,22 @@ def _panels(figure: Figure, suite: ModelSuite) -> list[tuple[Any, list[str], str
 
 
 def _dots(axis: Any, groups: dict[str, list[float]]) -> None:
+    for seed in zip(*groups.values()):
+        axis.plot(range(len(groups)), seed, color=QUIET, linewidth=1, zorder=0)
     for place, (name, values) in enumerate(groups.items()):
         look = mark(name)
         axis.plot([place] * len(values), values, "o", color=look["color"], alpha=0.45, markersize=4, linewidth=0)
         axis.plot([place - 0.25, place + 0.25], [np.mean(values)] * 2, color=look["color"], linewidth=2.5)
-    axis.set_xticks(range(len(groups)), [name.replace(", ", ",\n") for name in groups], rotation=30, ha="right")
+    axis.set_xticks(range(len(groups)), [name.replace(", ", ",\n", 1) for name in groups], rotation=30, ha="right")
 
 
 def _of(rows: Sequence[Row], rule: str) -> list[Row]:
     return sorted((row for row in rows if row.settings["rule"] == rule), key=lambda row: int(row.settings["seed"]))
 
 
-def _mean(rows: Sequence[Row], key: str) -> float:
-    return float(np.mean([row.values[key] for row in rows]))
+def _late(values: Sequence[float]) -> float:
+    """Mean over the last third."""
+    return float(np.mean(values[-max(1, len(values) // 3) :]))
 
 
 def _unrest(norms: Sequence[float]) -> float:
