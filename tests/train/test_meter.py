@@ -28,14 +28,17 @@ def row(step: int, dot: list, covariance: list, squares: tuple = (1.0, 1.0)) -> 
 
 
 def test_share_and_counts_by_hand():
-    rows = [row(1, [-1.0, -0.5, 0.25], [-0.5, 0.0, 0.5]), row(2, [-1.0, 0.5, 0.25], [-1.5, 0.0, 0.5])]
+    rows = [
+        row(1, [-1.0, -0.5, 0.25, 0.1], [-0.5, 0.0, 0.5, 0.3]),
+        row(2, [-1.0, 0.5, 0.25, 0.1], [-1.5, 0.0, 0.5, 0.3]),
+    ]
     meter = measure(rows)
-    assert meter.noise_share == pytest.approx(2.0 / 2.5)  # block 0 twice and block 1 once; block 2 never
-    assert (meter.raw, meter.debiased, meter.blocks, meter.steps) == (1, 1, 3, 2)
-    assert meter.chance == pytest.approx(3 / 4)  # two heads of two tosses: 1/4
+    assert meter.noise_share == pytest.approx(2.0 / 2.5)  # block 0 twice and block 1 once; the others never
+    assert (meter.raw, meter.debiased, meter.blocks, meter.steps) == (1, 2, 4, 2)
+    assert meter.chance == pytest.approx(4 / 4)  # two heads of two tosses: 1/4
     assert meter.sentence == (
-        "Of the conflict measured over the run, 0.80 is sampling noise that both gradients share. Without it, 1 of "
-        "3 blocks are in conflict in more than half of the steps (as measured: 1; if each sign were the toss of a "
+        "Of the conflict measured over the run, 0.80 is sampling noise that both gradients share. Without it, 2 of "
+        "4 blocks are in conflict in more than half of the steps (as measured: 1; if each sign were the toss of a "
         "coin: 1)."
     )
 
