@@ -150,7 +150,7 @@ def _save(plot: Plot, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure: Any = Figure(figsize=plot.size, dpi=110, layout="constrained")
+    figure: Any = Figure(figsize=plot.size, dpi=80, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
     plot.draw(figure)
     figure.savefig(path, metadata={"Software": None})

@@ -141,6 +141,7 @@ class Measures:
     Attributes:
         best: score at its own best learning rate and beta.
         rates: mean score over the learning rates, with its own best beta for that.
+        fast: score at the highest of those learning rates, with the same beta.
         front_height: target accuracy along the front over beta, at its own best learning rate, mean over the general
             accuracies that the baseline's front spans.
         slow: score at a tenth of the baseline's best learning rate, with its own best beta.
@@ -152,6 +153,7 @@ class Measures:
 
     best: NDArray[np.float64]
     rates: NDArray[np.float64]
+    fast: NDArray[np.float64]
     front_height: NDArray[np.float64]
     slow: NDArray[np.float64]
     jump: NDArray[np.float64]
@@ -181,6 +183,7 @@ def measures(suite: Suite, rows: Sequence[Row], regime: str, method: str) -> Mea
     return Measures(
         best=score[0],
         rates=score[1:slow].mean(axis=0),
+        fast=score[slow - 1],
         slow=score[slow],
         over_rates=score[1:slow].mean(axis=1),
         front_height=height,

@@ -72,6 +72,7 @@ def report(results: Results) -> Report:
             "was given up after confirmation had been seen: it paid for reaching retentions that GRPO reaches with a "
             "larger beta than the grid has.)",
         ),
+        ("fast", "Score at the highest of those learning rates, the same beta, less GRPO's", bold),
         ("slow", "Score at a tenth of GRPO's best learning rate, own best beta, less GRPO's", bold),
         (
             "matched_drawdown",
