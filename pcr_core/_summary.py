@@ -15,9 +15,14 @@ def summary(weights: Weights[Any], statistics: BlockStatistics[Any], rows: Any, 
     vp, vs = float(statistics.plasticity_var[rows].sum()), float(statistics.stability_var[rows].sum())
     removed2 = float((weights.removed[rows] ** 2 * statistics.plasticity_sq[rows]).sum())
     conflict = weights.conflict[rows]
+    dot, shared = statistics.dot[rows], statistics.covariance[rows]
+    opposed = dot < 0
     values = {
         "conflict_rate": float(conflict.sum()) / len(conflict),
+        "conflict_rate_debiased": float((dot < shared).sum()) / len(conflict),
+        "noise_share": _over(float(shared[opposed].sum()), float(dot[opposed].sum())),
         "cosine": float(weights.cosine[rows].mean()),
+        "cosine_debiased": float(debiased_cosine(statistics)[rows].mean()),
         "alpha": float(weights.alpha[rows].mean()),
         "boost": float(weights.stability[rows].mean()) - 1,
         "removed": math.sqrt(_over(removed2, p2)),
@@ -28,6 +33,12 @@ def summary(weights: Weights[Any], statistics: BlockStatistics[Any], rows: Any, 
         "nonfinite_blocks": float((~weights.finite[rows]).sum()),
     }
     return {prefix + key: value for key, value in values.items()}
+
+
+def debiased_cosine(statistics: BlockStatistics[Any]) -> Any:
+    """(P.S - v_ps)/(|P| |S|) of each block: its cosine but for noise that both streams share; 0 of nothing."""
+    length = statistics.plasticity_sq**0.5 * statistics.stability_sq**0.5
+    return (statistics.dot - statistics.covariance) / (length + (length == 0))
 
 
 def _over(numerator: float, denominator: float) -> float:

@@ -7,8 +7,9 @@ share one code path.
 
 from __future__ import annotations
 
+import importlib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, get_args, runtime_checkable
 
 from pcr_core._namespace import ArrayT
@@ -232,7 +233,7 @@ def make_rule(name: str, *, prior: str = "flat", discount: float = 0.9, **option
     """A rule from plain names and numbers, as configuration files and command lines hold them.
 
     Args:
-        name: one of `RULES`.
+        name: one of `RULES`, or "module:name" of a dataclass of your own that is a `Rule`.
         prior: one of `PRIORS`, for "pcr".
         discount: of the temporal prior.
         options: the rule's own arguments (`PCR` for "pcr", `update` for "paper", `alpha` for "fixed"); a number as
@@ -240,6 +241,7 @@ def make_rule(name: str, *, prior: str = "flat", discount: float = 0.9, **option
 
     Raises:
         ValueError: an unknown name, or an option that the rule does not have.
+        ImportError: of the module of your own rule.
 
     Example:
         >>> make_rule("pcr", alpha="snr", prior="shrinkage").prior
@@ -267,9 +269,9 @@ def make_rule(name: str, *, prior: str = "flat", discount: float = 0.9, **option
         "pcgrad": PCGrad,
         "mgda": MGDA,
     }
-    if name not in makers:
-        raise ValueError(f"rule: expected one of {RULES}, got {name!r}")
-    maker = makers[name]
+    maker = _of_your_own(name) if ":" in name else makers.get(name)
+    if maker is None:
+        raise ValueError(f"rule: expected one of {RULES} or module:name, got {name!r}")
     known = ("update",) if name == "paper" else tuple(f.name for f in fields(maker))
     for option in options:
         if option not in known:
@@ -278,6 +280,17 @@ def make_rule(name: str, *, prior: str = "flat", discount: float = 0.9, **option
         options["alpha"] = _number_or_name(options["alpha"])
     rule: Rule = maker(**options)
     return rule
+
+
+def _of_your_own(place: str) -> Any:
+    module, _, name = place.partition(":")
+    try:
+        maker = getattr(importlib.import_module(module), name)
+    except AttributeError as error:
+        raise ValueError(f"rule: {module} has no {name!r}") from error
+    if not (isinstance(maker, type) and is_dataclass(maker)):
+        raise ValueError(f"rule: {place} is not a dataclass, as a rule of your own has to be")
+    return maker
 
 
 def _number_or_name(alpha: str) -> float | str:

@@ -20,10 +20,11 @@ SMALL_STEP = ("grpo_step.py", "--responses", "4", "--tokens", "4", "--vocabulary
         ((*SMALL_STEP, "--only", "PCR", "two"), 4),
         ((*SMALL_STEP, "--amortised"), 3),
         (("resolve.py", "--size", "200000", "--repeats", "1"), 4),
+        (("decide.py", "--repeats", "1"), 4),
         ((*SMALL_STEP, "--framework", "jax", "--groups-at-once", "1", "--only", "upper"), 2),
         (("resolve.py", "--framework", "jax", "--size", "200000", "--repeats", "1"), 2),
     ],
-    ids=["step", "amortised", "resolve", "step in jax", "resolve in jax"],
+    ids=["step", "amortised", "resolve", "decide", "step in jax", "resolve in jax"],
 )
 def test_benchmarks_run(command: tuple[str, ...], ways: int, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
@@ -36,6 +37,13 @@ def test_benchmarks_run(command: tuple[str, ...], ways: int, tmp_path: Path) -> 
     assert rows[0]["ratio"] == 1.0
     assert all(row["seconds"] > 0 for row in rows)
     assert "| way | seconds |" in done.stdout
+
+
+def test_shared_noise_runs() -> None:
+    command = [sys.executable, str(FOLDER / "shared_noise.py"), "--policies", "2", "--draws", "1000"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(") == 12
 
 
 @pytest.mark.slow

@@ -53,6 +53,8 @@ class Report:
 
         conflict_rate, cosine, alpha, boost (b - 1, the addition to the KL coefficient in units of beta) are means over
         blocks; removed is |removed part of P|/|P| over all coordinates, norms and noise-to-signal ratios likewise.
+        noise_share is sum v_ps/sum P.S over the blocks with P.S < 0, the part of their conflict that is noise both
+        streams share (0 without conflict); debiased means P.S - v_ps in place of P.S.
         """
         return summary(self.weights, self.statistics, slice(None), prefix)
 

@@ -48,7 +48,7 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
         PCR(alpha='snr', max_boost=10.0, prior=FlatPrior(), update='anchored', gate='sign', conflict='raw')
     """
 
-    rule: str = field(default="pcr", metadata={"help": f"Conflict rule, one of {', '.join(pcr_core.RULES)}."})
+    rule: str = field(default="pcr", metadata={"help": f"Conflict rule: {', '.join(pcr_core.RULES)}, or module:name."})
     alpha: str | None = field(
         default=None,
         metadata={"help": "'variance' (paper), 'snr', or a number in [0, 1]; for pcr and fixed. None: the rule's own."},

@@ -32,7 +32,7 @@ Train a language model with GRPO and a conflict rule on a verifiable task.
 
 Every step samples responses, scores them with the task's verifier, and combines the reward gradient and the KL gradient
 block by block with the chosen rule. At the end the model is compared with its starting point on held-out problems, on
-problems it solved before, and on a fixed text.
+problems it solved before, and on a fixed text, and one sentence says how much of the conflict was sampling noise.
 
 \b
 Examples:
@@ -41,7 +41,7 @@ Examples:
   pcr-train --model tiny
       the same in seconds, with a model made on the spot
   pcr-train --model tiny --rule grpo --seed 1
-      plain GRPO, for comparison
+      plain GRPO, for comparison: it measures the conflict and changes nothing
   pcr-train --framework jax --model tiny
       the same method in JAX, one compiled program a step
   pcr-train --task gcd --task-option max_value=20 --steps 50
@@ -77,7 +77,7 @@ def run(
     style: Annotated[
         str | None, typer.Option(help="Prompts: compact (shared words dropped), full, or auto. [auto]")
     ] = None,
-    rule: Annotated[str | None, typer.Option(help=f"{', '.join(RULES)}. [pcr]")] = None,
+    rule: Annotated[str | None, typer.Option(help=f"{', '.join(RULES)}, or your own as module:name. [pcr]")] = None,
     alpha: Annotated[
         str | None, typer.Option(help="How much of the conflict to remove: variance, snr, or 0 to 1. [variance]")
     ] = None,
@@ -196,6 +196,7 @@ def _go(settings: Settings, folder: Path, resume: bool, threads: int | None, con
         console.print(f"Stopped after step {stopped.step}; saved. Continue with:\n  {again}", highlight=False)
         raise typer.Exit(130) from None
     Console(width=max(console.width, 100)).print(report.table(outcome, settings))  # 80 columns would cut the numbers
+    console.print(outcome.meter.sentence, highlight=False)
     console.print(f"{outcome.seconds:.0f} s in all; peak memory {report.peak_memory():.1f} GB", highlight=False)
     for label, path in (("plot", outcome.plot), ("metrics", outcome.metrics), ("model", outcome.model)):
         console.print(f"{label:8}{path}", highlight=False, soft_wrap=True)
@@ -205,7 +206,8 @@ def _go(settings: Settings, folder: Path, resume: bool, threads: int | None, con
 def _name(settings: Settings) -> str:
     model = Path(settings.model.rstrip("/")).name or "model"
     framework = "" if settings.framework == "torch" else f"-{settings.framework}"
-    return f"{model}-{settings.task}-{settings.rule}{framework}-s{settings.seed}"
+    rule = settings.rule.rpartition(":")[2]
+    return f"{model}-{settings.task}-{rule}{framework}-s{settings.seed}"
 
 
 def main() -> None:

@@ -28,18 +28,25 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
         raise ImportError(f"plots need matplotlib ({error}); install it with: pip install 'pcr-grpo[plot]'") from error
     if not rows:
         raise ValueError("no step was logged, so there is nothing to plot")
-    figure = Figure(figsize=(13.5, 7.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(17.5, 7.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left", weight="bold")
-    axes = figure.subplots(2, 3)
+    axes = figure.subplots(2, 4)
     steps = [row["step"] for row in rows]
     _reward(axes[0, 0], steps, rows)
     _kl(axes[0, 1], steps, _column(rows, "kl"))
     _norms(axes[0, 2], steps, rows)
-    if any("blocks" in row for row in rows):
-        _heatmap(figure, axes[1, 0], [row for row in rows if "blocks" in row])
-        _families(axes[1, 1], rows, "alpha", "alpha by module family", "fraction of the conflict removed")
-        _families(axes[1, 2], rows, "b", "KL weight by module family", "effective KL coefficient / beta")
+    _conflict(axes[0, 3], steps, rows)
+    measured = [row for row in rows if "blocks" in row]
+    if measured:
+        grids = [layer_cosines(measured, key) for key in ("cosine", "cosine_debiased")]
+        finite = np.concatenate([grid[np.isfinite(grid)] for _, grid in grids])
+        limit = max(float(np.abs(finite).max()) if finite.size else 0.0, HEATMAP_AT_LEAST)
+        ends = measured[0]["step"], measured[-1]["step"]
+        _heatmap(figure, axes[1, 0], *grids[0], ends, limit, "cos(reward gradient, KL gradient)")
+        _heatmap(figure, axes[1, 1], *grids[1], ends, limit, "the same without shared sampling noise")
+        _families(axes[1, 2], measured, "alpha", "alpha by module family", "fraction of the conflict removed")
+        _families(axes[1, 3], measured, "b", "KL weight by module family", "effective KL coefficient / beta")
     for axis in axes.flat:
         if not axis.has_data():
             axis.set_axis_off()
@@ -47,19 +54,22 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
     return path
 
 
-def layer_cosines(rows: Sequence[dict[str, Any]]) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """Mean cos(P, S) of each layer (rows) at each step (columns); blocks outside layers come last."""
+def layer_cosines(rows: Sequence[dict[str, Any]], key: str = "cosine") -> tuple[list[str], np.ndarray[Any, Any]]:
+    """Mean cos(P, S) of each layer (rows) at each step (columns); blocks outside layers come last.
+
+    With key="cosine_debiased" of P.S - v_ps in place of P.S.
+    """
     layers = sorted({layer for row in rows for layer in row["blocks"]["layer"] if layer is not None})
     outside = any(layer is None for row in rows for layer in row["blocks"]["layer"])
-    keys: list[int | None] = [*layers, None] if outside else [*layers]
-    grid = np.full((len(keys), len(rows)), np.nan)
+    places: list[int | None] = [*layers, None] if outside else [*layers]
+    grid = np.full((len(places), len(rows)), np.nan)
     for column, row in enumerate(rows):
-        for line, key in enumerate(keys):
-            blocks = zip(row["blocks"]["layer"], row["blocks"]["cosine"], strict=True)
-            found = [c for layer, c in blocks if layer == key and c is not None]
+        for line, place in enumerate(places):
+            blocks = zip(row["blocks"]["layer"], row["blocks"][key], strict=True)
+            found = [c for layer, c in blocks if layer == place and c is not None]
             if found:
                 grid[line, column] = np.mean(found)
-    return ["other" if key is None else str(key) for key in keys], grid
+    return ["other" if place is None else str(place) for place in places], grid
 
 
 def _reward(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> None:
@@ -87,11 +97,30 @@ def _norms(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> None:
     _label(axis, "gradient norms", "norm (log)")
 
 
-def _heatmap(figure: Any, axis: Any, rows: Sequence[dict[str, Any]]) -> None:
-    names, grid = layer_cosines(rows)
-    finite = grid[np.isfinite(grid)]
-    limit = max(float(np.abs(finite).max()) if finite.size else 0.0, HEATMAP_AT_LEAST)
-    first, last = rows[0]["step"], rows[-1]["step"]
+def _conflict(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> None:
+    for key, label, colour, dash in (
+        ("pcr/conflict_rate", "blocks in conflict", COLOURS[0], "-"),
+        ("pcr/conflict_rate_debiased", "the same without shared noise", COLOURS[1], "-"),
+        ("pcr/noise_share", "share of shared noise in the conflict", INK, ":"),
+    ):
+        values = _column(rows, key)
+        if np.isfinite(values).any():
+            axis.plot(steps, values, dash, color=colour, linewidth=1.8, marker="o", markersize=2.5, label=label)
+    if axis.lines:
+        axis.set_ylim(-0.05, 1.35)  # room for the legend; a share outside is cut off
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
+    _label(axis, "conflict and sampling noise", "fraction")
+
+
+def _heatmap(
+    figure: Any,
+    axis: Any,
+    names: list[str],
+    grid: np.ndarray[Any, Any],
+    ends: tuple[int, int],
+    limit: float,
+    title: str,
+) -> None:
     image = axis.imshow(
         grid,
         aspect="auto",
@@ -100,18 +129,17 @@ def _heatmap(figure: Any, axis: Any, rows: Sequence[dict[str, Any]]) -> None:
         vmin=-limit,
         vmax=limit,
         interpolation="nearest",
-        extent=(first - 0.5, last + 0.5, -0.5, len(names) - 0.5),
+        extent=(ends[0] - 0.5, ends[1] + 0.5, -0.5, len(names) - 0.5),
     )
     every = max(1, math.ceil(len(names) / 10))
     axis.set_yticks(range(0, len(names), every), names[::every])
     bar = figure.colorbar(image, ax=axis, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8)
-    _label(axis, "cos(reward gradient, KL gradient)", "layer", grid=False)
+    _label(axis, title, "layer", grid=False)
 
 
 def _families(axis: Any, rows: Sequence[dict[str, Any]], key: str, title: str, unit: str) -> None:
-    rows = [row for row in rows if "blocks" in row]
     families = list(dict.fromkeys(name for row in rows for name in row["blocks"]["family"]))
     for i, family in enumerate(families[:8]):
         values = []

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pcr_core import BlockStatistics, Weights
+from pcr_core._summary import debiased_cosine
 from pcr_train.settings import replace_text
 
 
@@ -65,14 +66,17 @@ def block_columns(
         "layer": list(layers),
         "family": list(families),
         "cosine": weights.cosine.tolist(),
+        "cosine_debiased": debiased_cosine(statistics).tolist(),
         "alpha": weights.alpha.tolist(),
         "conflict": weights.conflict.tolist(),
         "a": weights.plasticity.tolist(),
         "b": weights.stability.tolist(),
         "plasticity_sq": statistics.plasticity_sq.tolist(),
         "stability_sq": statistics.stability_sq.tolist(),
+        "dot": statistics.dot.tolist(),
         "plasticity_var": statistics.plasticity_var.tolist(),
         "stability_var": statistics.stability_var.tolist(),
+        "covariance": statistics.covariance.tolist(),
     }
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from pcr_train import plots
 from pcr_train.engine import Engine, Policy, load_engine, response_limit
 from pcr_train.evaluate import Evaluation, Exam
+from pcr_train.meter import Meter, measure
 from pcr_train.progress import MetricsFile, StepLine, read_metrics
 from pcr_train.settings import Settings, replace_text
 from pcr_train.tasks import Problem, Task, load_task
@@ -36,7 +37,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the results lie, and the two evaluations."""
+    """Where the results lie, the two evaluations, and the conflict that was measured between them."""
 
     folder: Path
     plot: Path
@@ -45,11 +46,14 @@ class Outcome:
     before: Evaluation
     after: Evaluation
     retention_task: str
+    meter: Meter
     seconds: float
 
 
-def train(settings: Settings, folder: Path, *, resume: bool = False, console: Console | None = None) -> Outcome:
-    """Runs or resumes training in `folder`.
+def train(
+    settings: Settings, folder: Path, *, resume: bool = False, console: Console | None = None, plot: bool = True
+) -> Outcome:
+    """Runs or resumes training in `folder`; without `plot`, no picture is drawn.
 
     Raises:
         ValueError: bad settings, a folder that is in use, or nothing to resume.
@@ -91,11 +95,15 @@ def train(settings: Settings, folder: Path, *, resume: bool = False, console: Co
     with console.status("measuring the model after training"):
         after = exam.measure(engine, known)
     replace_text(folder / "after.json", json.dumps(after.to_json()) + "\n")
-    plot = plots.draw(read_metrics(metrics.path), folder / "plot.png", title=_title(settings))
+    rows = read_metrics(metrics.path)
+    picture = folder / "plot.png"
+    if plot:
+        plots.draw(rows, picture, title=_title(settings))
     other = exam.other.name if exam.other else ""
     saved = last_checkpoint(folder, kind)
     assert saved is not None  # the last step is always saved
-    return Outcome(folder, plot, metrics.path, saved, before, after, other, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Outcome(folder, picture, metrics.path, saved, before, after, other, measure(rows), seconds)
 
 
 def last_checkpoint(folder: Path, kind: type[Engine]) -> Path | None:

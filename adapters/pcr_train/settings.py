@@ -27,8 +27,8 @@ class Settings:
         task_options: options of the data set.
         shots: worked examples in front of every question.
         style: "auto", "compact" or "full" prompts (see `tasks`).
-        rule: one of `pcr_core.RULES`, with `alpha`, `max_boost`, `prior`, `discount`, `update`, `gate`, `conflict`;
-            None leaves the rule's own default.
+        rule: one of `pcr_core.RULES`, or "module:name" of one of your own (`pcr_core.make_rule`), with `alpha`,
+            `max_boost`, `prior`, `discount`, `update`, `gate`, `conflict`; None leaves the rule's own default.
         blocks: "mlp", "all" or a regular expression: the parameters that the rule acts on.
         granularity: "tensor", "module", "layer" or "global".
         beta: coefficient of the KL divergence to the starting model; > 0.
@@ -80,8 +80,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.framework not in FRAMEWORKS:
             raise ValueError(f"--framework: expected one of {', '.join(FRAMEWORKS)}, got {self.framework!r}")
-        if self.rule not in RULES:
-            raise ValueError(f"--rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
+        if self.rule not in RULES and ":" not in self.rule:
+            raise ValueError(f"--rule: expected one of {', '.join(RULES)} or module:name, got {self.rule!r}")
         if not self.beta > 0:
             raise ValueError(
                 f"--beta: expected a number > 0, got {self.beta}: without a KL term there is no stability gradient, so "

@@ -20,7 +20,7 @@ from typing import Any
 import pcr_core
 from benchmarks.learning.experiment import Row
 
-LIBRARIES = ("numpy", "scipy", "torch", "jax", "transformers")
+LIBRARIES = ("numpy", "scipy", "torch", "jax", "transformers", "trl", "torchjd")
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -141,6 +141,7 @@ def test_make_rule_passes_options() -> None:
     assert pcr.make_rule("paper") == pcr.PCR(max_boost=math.inf)
     assert pcr.make_rule("pcr", prior="temporal") == pcr.PCR(prior=pcr.TemporalPrior())
     assert pcr.make_rule("fixed", alpha="0.25") == pcr.FixedAlpha(0.25)
+    assert pcr.make_rule("pcr_core.rules:FixedAlpha", alpha=0.3) == pcr.FixedAlpha(0.3)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,9 @@ def test_make_rule_passes_options() -> None:
         (("pcr",), {"prior": "nope"}, "prior: expected one of"),
         (("hard",), {"prior": "shrinkage"}, "has no prior"),
         (("grpo",), {"alpha": 0.5}, "has no option 'alpha'"),
+        (("pcr_core.rules:Fixed",), {}, "has no 'Fixed'"),
+        (("pcr_core.rules:make_rule",), {}, "not a dataclass"),
+        (("pcr_core.rules:FixedAlpha",), {"beta": 1}, "has no option 'beta'"),
     ],
 )
 def test_make_rule_refuses(args: tuple[str], options: dict[str, object], message: str) -> None:

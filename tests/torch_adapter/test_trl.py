@@ -206,7 +206,10 @@ def test_metrics_and_report(folder: Path, tmp_path: Path) -> None:
     logged = trainer.state.log_history[1]
     for name in (
         "conflict_rate",
+        "conflict_rate_debiased",
+        "noise_share",
         "cosine",
+        "cosine_debiased",
         "alpha",
         "removed",
         "boost",

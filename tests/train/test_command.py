@@ -45,7 +45,16 @@ def test_a_run_prints_the_table_and_where_the_files_are(
     out = tmp_path / "run"
     assert call(monkeypatch, "--model", str(tiny_folder), "--steps", "2", "--out", str(out), *SMALL) == 0
     text = capsys.readouterr().out
-    for word in ("before", "after", "mean reward", "fixed text", "step 2/2", str(out / "plot.png"), "--resume"):
+    for word in (
+        "before",
+        "after",
+        "mean reward",
+        "fixed text",
+        "step 2/2",
+        "conflict",
+        str(out / "plot.png"),
+        "--resume",
+    ):
         assert word in text
     assert call(monkeypatch, "--resume", str(out), "--steps", "3", "--threads", "1") == 0
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1, 2, 3]

@@ -13,6 +13,7 @@ def row(step: int) -> dict:
         "layer": [0, 0, 1, None],
         "family": ["up_proj", "down_proj", "up_proj", "lm_head"],
         "cosine": [0.2, -0.4, None, 0.1],
+        "cosine_debiased": [0.3, -0.1, None, 0.0],
         "alpha": [0.5, 0.6, None, 0.7],
         "b": [1.0, 1.5, None, 1.0],
     }
@@ -22,6 +23,7 @@ def row(step: int) -> dict:
         "kl": None,
         "grad_norm": 1.0,
         "pcr/stability_norm": 0.0,
+        "pcr/noise_share": 0.4,
         "blocks": blocks,
     }
 
@@ -38,6 +40,7 @@ def test_layer_cosines_average_the_blocks_of_a_layer():
     names, grid = layer_cosines([row(1), row(2)])
     assert names == ["0", "1", "other"]
     np.testing.assert_allclose(grid, [[-0.1, -0.1], [np.nan, np.nan], [0.1, 0.1]])
+    np.testing.assert_allclose(layer_cosines([row(1)], "cosine_debiased")[1], [[0.1], [np.nan], [0.0]])
 
 
 def test_no_steps_no_plot(tmp_path: Path):

@@ -1,0 +1,45 @@
+"""SmolLM2-135M-Instruct on a CPU: two rules, few seeds and few steps, the whole protocol in small."""
+
+from __future__ import annotations
+
+import functools
+
+from benchmarks.learning.experiment import Experiment
+from benchmarks.learning.language_model import RULES, ModelSuite
+from benchmarks.learning.language_model_report import report
+from benchmarks.learning.sweep import Grid
+from pcr_train.settings import Settings, make_settings
+
+STEPS, HELDOUT = 6, 24
+MEASURED = (
+    "the mean of two numbers: the mean reward of sampled responses to held-out problems of the target (learned), and "
+    "the share of one-digit products, of 48, that were solved greedily before and still are (kept). The likelihood of "
+    "a fixed text is reported beside it. Every rule is swept over learning rate and beta on the selection seeds and "
+    "takes its best cell to the confirmation seeds. A seed fixes problems and random numbers, so rules are paired."
+)
+
+
+def settings(seed: int) -> Settings:
+    """Of every run of a seed, but for rule, learning rate and beta."""
+    return make_settings("smollm2", steps=STEPS, heldout=HELDOUT, samples=1, seed=seed)
+
+
+SUITE = ModelSuite(
+    settings,
+    rules={rule: RULES[rule] for rule in ("GRPO", "PCR, snr, capped")},
+    grid=Grid((4e-6, 8e-6), (0.04,)),
+)
+
+EXPERIMENT = Experiment(
+    "smollm2",
+    question="Does PCR train SmolLM2-135M better than GRPO within the few steps that a CPU affords?",
+    protocol=(
+        f"SmolLM2-135M-Instruct learns sums of two one-digit numbers for {STEPS} steps of 4 prompts x 8 "
+        f"responses; {HELDOUT} held-out problems. The score is {MEASURED}"
+    ),
+    selection_seeds=(100,),
+    confirmation_seeds=(0, 1),
+    jobs=SUITE.jobs,
+    choose=SUITE.choose,
+    report=functools.partial(report, SUITE),
+)
