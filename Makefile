@@ -41,7 +41,7 @@ conformance: $(VENV)/.dev ## every law on all of our adapters with EXAMPLES case
 lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-api-compat it supports, and nothing else
 	$(VENV)-lowest/bin/python -m pytest -q -p no:cacheprovider --doctest-modules pcr_core tests/core -m "not slow"
 
-mutation: $(VENV)-mutation/.ready ## how many small faults in pcr_core the core's tests notice (an hour on one core)
+mutation: $(VENV)-mutation/.ready ## how many small faults in pcr_core the core's tests notice (hours on one core)
 	rm -rf runs/mutation && mkdir -p runs/mutation && cp -r pcr_core conformance tests .ci pyproject.toml runs/mutation
 	cd runs/mutation && export PATH=$(abspath $(VENV)-mutation)/bin:$$PATH PYTHONPATH=$$PWD:$$PWD/conformance \
 		OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=ci && cosmic-ray init .ci/mutation.toml session.sqlite \
