@@ -44,7 +44,7 @@ lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-
 docs: $(VENV)-docs/.ready ## the documentation site, in runs/site/index.html; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict --config-file .ci/mkdocs.yml
 
-mutation: $(VENV)-mutation/.ready ## how many small faults in pcr_core the core's tests notice (an hour on one core)
+mutation: $(VENV)-mutation/.ready ## how many small faults in pcr_core the core's tests notice (hours on one core)
 	rm -rf runs/mutation && mkdir -p runs/mutation && cp -r pcr_core conformance tests .ci pyproject.toml runs/mutation
 	cd runs/mutation && export PATH=$(abspath $(VENV)-mutation)/bin:$$PATH PYTHONPATH=$$PWD:$$PWD/conformance \
 		OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=ci && cosmic-ray init .ci/mutation.toml session.sqlite \

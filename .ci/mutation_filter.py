@@ -1,4 +1,4 @@
-"""Leave out mutants of what is never evaluated: the `|` of annotations, the bare `*` of signatures.
+"""Leave out mutants of what is never evaluated: the `|` of annotations, the bare `*` and `/` of signatures.
 
 python .ci/mutation_filter.py SESSION
 """

@@ -29,14 +29,18 @@ def _weights() -> Weights[np.ndarray]:
 def _statistics() -> BlockStatistics[np.ndarray]:
     plasticity_sq, stability_sq = np.asarray([9.0, 4.0, 12.0]), np.asarray([1.0, 8.0, 7.0])
     variances = np.asarray([2.0, 3.0, 5.0]), np.asarray([1.0, 1.0, 2.0])
-    return BlockStatistics(plasticity_sq, stability_sq, np.zeros(3), *variances, np.zeros(3), np.ones(3))
+    dot, shared = np.asarray([1.0, -4.0, -6.0]), np.asarray([0.5, -1.0, -8.0])
+    return BlockStatistics(plasticity_sq, stability_sq, dot, *variances, shared, np.ones(3))
 
 
 def test_all_blocks() -> None:
     assert summary(_weights(), _statistics(), slice(None), "pcr/") == pytest.approx(
         {
             "pcr/conflict_rate": 2 / 3,
+            "pcr/conflict_rate_debiased": 1 / 3,
+            "pcr/noise_share": 9 / 10,
             "pcr/cosine": -0.25 / 3,
+            "pcr/cosine_debiased": (0.5 / 3 - 3 / math.sqrt(32) + 2 / math.sqrt(84)) / 3,
             "pcr/alpha": 0.5,
             "pcr/boost": 5 / 3,
             "pcr/removed": math.sqrt((4 / 4 + 12 / 16) / 25),
