@@ -16,8 +16,8 @@ EXAMPLES ?= 2000
 help: ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-demo: $(VENV)/.demo ## train SmolLM2-135M with GRPO + PCR on a reasoning task (about 5 minutes on 2 cores)
-	$(BIN)/pcr-train --model smollm2 --task chain_sum --rule pcr --steps $(STEPS) --seed $(SEED) --out $(OUT)
+demo: $(VENV)/.demo ## train SmolLM2-135M with GRPO + PCR (the paper's alpha) on a reasoning task (about 5 minutes on 2 cores)
+	$(BIN)/pcr-train --model smollm2 --task chain_sum --rule pcr --alpha variance --steps $(STEPS) --seed $(SEED) --out $(OUT)
 
 test: lint lowest docs unit ## everything that CI runs: format, lint, types, site, doctests, tests
 

@@ -150,7 +150,9 @@ def programs(responses: int, tokens: int, vocabulary: int, groups_at_once: int) 
                 norms=norms,  # type: ignore[arg-type]
                 groups_at_once=groups_at_once,
             )
-            return resolve(pulled.plasticity, pulled.stability, pulled.scatter(), pcr_core.PCR(), blocks=chosen)
+            return resolve(
+                pulled.plasticity, pulled.stability, pulled.scatter(), pcr_core.PCR(alpha="variance"), blocks=chosen
+            )
 
         return run
 

@@ -38,7 +38,7 @@ def pcr(parameter: torch.nn.Parameter, p: Tensor, s: Tensor) -> None:
     """What PCR.resolve does for a block of one parameter on one process."""
     pp, ss, ps = (x[None].cpu() for x in gradient_products(p, s))
     one = torch.ones(1, dtype=torch.float64)
-    weights = pcr_core.PCR()(BlockStatistics(pp, ss, ps, 0.5 * pp, 0.5 * ss, 0 * one, p.numel() * one))
+    weights = pcr_core.PCR(alpha="variance")(BlockStatistics(pp, ss, ps, 0.5 * pp, 0.5 * ss, 0 * one, p.numel() * one))
     add_combination(parameter, p, s, weights.plasticity.item(), weights.stability.item())
 
 
@@ -101,7 +101,7 @@ def in_jax(size: int, repeats: int) -> list[Row]:
     noise = pcr_core.Scatter(*(jnp.ones(1) for _ in range(3)))
 
     def resolve(p: object, s: object) -> object:
-        return pcr_jax.resolve({"w": p}, {"w": s}, noise, pcr_core.PCR(), blocks="all")
+        return pcr_jax.resolve({"w": p}, {"w": s}, noise, pcr_core.PCR(alpha="variance"), blocks="all")
 
     program = jax.jit(resolve, donate_argnums=(0,))
     other = jnp.asarray(s)

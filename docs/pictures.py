@@ -88,7 +88,7 @@ def cloud(total: Vector, trace: float, colour: str) -> str:
 def projection() -> str:
     """P, S, and what is left of P for alpha 0, 0.6 and 1."""
     origin = canvas((0, 0))
-    soft = resolved(pcr.PCR(update="literal"))
+    soft = resolved(pcr.PCR(alpha="variance", update="literal"))
     hard = resolved(pcr.PCR(alpha=1.0, update="literal"))
     alpha = float(soft.weights.alpha[0])
     left = canvas(soft.update)
@@ -115,7 +115,7 @@ def projection() -> str:
 def updates() -> str:
     """The update for the same three."""
     origin = canvas((0, 0))
-    names: dict[str, pcr.Rule] = {"GRPO": pcr.GRPO(), "PCR": pcr.PCR(), "hard": pcr.HardProjection()}
+    names: dict[str, pcr.Rule] = {"GRPO": pcr.GRPO(), "PCR": pcr.PCR(alpha="variance"), "hard": pcr.HardProjection()}
     colours = {"GRPO": PLASTICITY, "PCR": PCR, "hard": OTHER}
     results = {name: resolved(rule) for name, rule in names.items()}
     arrows = [arrow(origin, canvas(results[name].update), colours[name]) for name in ("GRPO", "hard", "PCR")]

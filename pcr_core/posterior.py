@@ -67,6 +67,8 @@ class ShrinkagePrior:
 class TemporalPrior:
     """A scalar Kalman filter per block and stream: the prior is the last posterior, widened by 1/discount.
 
+    A last variance of 0 is no past: a stream without noise has not begun, as S while the policy is the reference.
+
     The prior's mean is a vector, so whoever holds the gradients keeps one buffer M per stream and updates it with the
     gain: M <- r P + (1 - r) M. `discount` = 1 averages all steps equally; smaller forgets faster.
 
@@ -95,11 +97,10 @@ class TemporalPrior:
         v: Any = variance
         t: Any = previous_variance
         t = t / self.discount
-        # r = 1/(1 + v/t): right at t = inf (1) and at t = 0 (0, or 1 where v = 0 as well: exact data wins)
-        certain = t == 0
-        safe_t = xp.where(certain, xp.ones_like(t), t)
-        gain = 1 / (1 + v / safe_t)
-        gain = xp.where(certain, xp.where(v > 0, xp.zeros_like(gain), xp.ones_like(gain)), gain)
+        # a gain of 0 would stay 0: the next variance is r v
+        fresh = t == 0
+        gain = 1 / (1 + v / xp.where(fresh, xp.ones_like(t), t))
+        gain = xp.where(fresh, xp.ones_like(gain), gain)
         gain = xp.where(xp.isnan(v), v, gain)
         return Posterior(gain, gain * v)
 

@@ -77,7 +77,9 @@ def resolve(
         >>> p = np.asarray([[1.0, 1.0], [3.0, 1.0]])
         >>> s = np.asarray([[-0.5, 0.0], [-0.5, 0.0]])
         >>> res = resolve(p, s, group_ids=np.asarray([0, 0]))
-        >>> res.update  # S is certain: the conflicting component goes, S is added
+        >>> res.update  # half of the conflicting component goes, S is added
+        array([1., 2.])
+        >>> resolve(p, s, group_ids=np.asarray([0, 0]), rule=PCR(alpha="variance")).update  # S is certain: all of it
         array([-1.,  2.])
     """
     xp = common_namespace(plasticity=plasticity, stability=stability, group_ids=group_ids)

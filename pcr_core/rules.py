@@ -40,8 +40,8 @@ class PCR:
     """Probabilistic conflict resolution: an uncertainty-weighted soft projection per block.
 
     Args:
-        alpha: "variance" is the paper's V_p/(V_p + V_s); "snr" uses signal-to-noise ratios and so is free of the
-            streams' scales; or a number in [0, 1].
+        alpha: a number in [0, 1]; or "variance", the paper's V_p/(V_p + V_s); or "snr", which uses signal-to-noise
+            ratios and so is free of the streams' scales. Why 1/2 is the default: docs/evidence.md.
         max_boost: the largest addition to the KL pull of a block (kappa). Infinite in the paper, where an arbitrarily
             small stability gradient can veto an arbitrarily large plasticity gradient.
         prior: FlatPrior(), ShrinkagePrior() or TemporalPrior(discount).
@@ -60,7 +60,7 @@ class PCR:
         ValueError: alpha: expected 'variance', 'snr' or a number in [0, 1], got 1.5
     """
 
-    alpha: AlphaKind | float = "variance"
+    alpha: AlphaKind | float = 0.5
     max_boost: float = 10.0
     prior: Prior = FlatPrior()
     update: Update = "anchored"
@@ -85,7 +85,7 @@ class PCR:
     @classmethod
     def paper(cls, *, update: Update = "anchored") -> PCR:
         """The paper's setting: no cap, flat prior, sign gate, alpha from variances; `update` as named."""
-        return cls(max_boost=math.inf, update=update)
+        return cls(alpha="variance", max_boost=math.inf, update=update)
 
     def posteriors(
         self, stats: BlockStatistics[ArrayT], previous: tuple[ArrayT, ArrayT] | None = None

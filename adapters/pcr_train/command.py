@@ -79,7 +79,8 @@ def run(
     ] = None,
     rule: Annotated[str | None, typer.Option(help=f"{', '.join(RULES)}, or your own as module:name. [pcr]")] = None,
     alpha: Annotated[
-        str | None, typer.Option(help="How much of the conflict to remove: variance, snr, or 0 to 1. [variance]")
+        str | None,
+        typer.Option(help="How much of the conflict to remove: 0 to 1, variance (the paper's), or snr. [0.5]"),
     ] = None,
     max_boost: Annotated[float | None, typer.Option(help="Cap on the extra KL weight of a block. [10]")] = None,
     prior: Annotated[

@@ -30,7 +30,7 @@ RULES: dict[str, Options] = {
     "hard projection": {"rule": "hard"},
     "constant 1/2, capped": {"rule": "pcr", "alpha": "0.5"},
     "PCR of the paper": {"rule": "paper"},
-    "PCR, capped": {"rule": "pcr"},
+    "PCR, capped": {"rule": "pcr", "alpha": "variance"},
     "PCR, snr, capped": {"rule": "pcr", "alpha": "snr"},
 }
 BASELINE = "GRPO"

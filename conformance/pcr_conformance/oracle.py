@@ -194,10 +194,10 @@ def temporal_step(
     x: Vector, v: Fraction, mean: Vector | None, variance: Fraction | None, discount: float
 ) -> tuple[Vector, Fraction]:
     """One step of the Kalman filter: posterior mean and variance, from the last ones (None at first)."""
-    if mean is None or variance is None:
+    if mean is None or not variance:  # a stream without noise has not begun
         return x, v
     prior = variance / Fraction(discount)
-    gain = prior / (prior + v) if prior + v else Fraction(1)
+    gain = prior / (prior + v)
     return [gain * new + (1 - gain) * old for new, old in zip(x, mean)], gain * v
 
 

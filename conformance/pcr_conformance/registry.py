@@ -18,9 +18,9 @@ from pcr_conformance.strategies import FEW_COMBINATIONS, REGIMES, SHAPES, cases,
 CONFLICT = ("conflict", "antiparallel", "free", "one huge response", "nearly identical responses")
 NO_CONFLICT = ("no conflict", "orthogonal", "parallel", "zero plasticity", "zero stability", "both zero", "free")
 
-PROJECTIONS = (pcr.PCR(), pcr.PCR.paper(), pcr.PCR(alpha="snr"), pcr.PCR.paper(update="literal"))
-SHRINKING = pcr.PCR(prior=pcr.ShrinkagePrior(), conflict="debiased")
-PROBABLE = pcr.PCR(gate="probability")
+PROJECTIONS = (pcr.PCR(alpha="variance"), pcr.PCR.paper(), pcr.PCR(alpha="snr"), pcr.PCR.paper(update="literal"))
+SHRINKING = pcr.PCR(alpha="variance", prior=pcr.ShrinkagePrior(), conflict="debiased")
+PROBABLE = pcr.PCR(alpha="variance", gate="probability")
 OTHERS = (pcr.GRPO(), pcr.NoAnchor(), pcr.HardProjection(), pcr.FixedAlpha(0.3), pcr.PCGrad(), pcr.MGDA())
 
 LONG = 10_000  # terms: enough that what is lost in sums shows, few enough to be quick
@@ -92,7 +92,7 @@ def _update(data: st.DataObject, adapter: Adapter) -> Arguments:
     dtype = data.draw(st.sampled_from(adapter.dtypes))
     rule = data.draw(_one(adapter, (*PROJECTIONS, SHRINKING, *OTHERS)))
     if dtype in ("float32", "float16") and rule in (pcr.PCR.paper(), pcr.HardProjection(), pcr.FixedAlpha(0.3)):
-        rule = pcr.PCR()  # an unbounded b S may be beyond what the output dtype can hold
+        rule = pcr.PCR(alpha="variance")  # an unbounded b S may be beyond what the output dtype can hold
     return {"case": _case(data, adapter, dtype), "dtype": dtype, "rule": rule}
 
 
@@ -149,26 +149,26 @@ def _wide(data: st.DataObject, adapter: Adapter) -> Arguments:
 
 def _against_plain(data: st.DataObject, adapter: Adapter) -> Arguments:
     dtype = data.draw(st.sampled_from(adapter.dtypes))
-    rules = (pcr.PCR(), pcr.PCGrad(), pcr.PCR(alpha="snr"), pcr.GRPO())
+    rules = (pcr.PCR(alpha="variance"), pcr.PCGrad(), pcr.PCR(alpha="snr"), pcr.GRPO())
     rule = data.draw(st.sampled_from(rules[:1] if _compiles(adapter) else rules))
     return {"case": _case(data, adapter, dtype), "dtype": dtype, "rule": rule}
 
 
 def _compiled(data: st.DataObject, adapter: Adapter) -> Arguments:
     dtype = _narrow(adapter)
-    rules = (pcr.PCR(prior=pcr.ShrinkagePrior(), gate="probability"), pcr.PCR())
+    rules = (pcr.PCR(alpha="variance", prior=pcr.ShrinkagePrior(), gate="probability"), pcr.PCR(alpha="variance"))
     rule = data.draw(st.sampled_from(rules[:1] if "torch" in adapter.name else rules))
     return {"case": _case(data, adapter, dtype), "dtype": dtype, "rule": rule}
 
 
 def _dtypes(data: st.DataObject, adapter: Adapter) -> Arguments:
     case = data.draw(cases(shapes=SHAPES[1:2], largest_exponent=0, regimes=("free",)))
-    return {"case": case, "rule": pcr.PCR()}
+    return {"case": case, "rule": pcr.PCR(alpha="variance")}
 
 
 def _non_finite(data: st.DataObject, adapter: Adapter) -> Arguments:
     dtype = _narrow(adapter)
-    rule = data.draw(_one(adapter, (pcr.PCR(), *PROJECTIONS[1:], PROBABLE, SHRINKING, *OTHERS)))
+    rule = data.draw(_one(adapter, (pcr.PCR(alpha="variance"), *PROJECTIONS[1:], PROBABLE, SHRINKING, *OTHERS)))
     case = data.draw(cases(shapes=SHAPES[1:2], largest_exponent=min(6, largest_exponent(adapter, dtype))))
     return {
         "case": case,

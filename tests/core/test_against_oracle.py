@@ -19,16 +19,18 @@ from pcr_conformance.tolerances import update_bounds
 NUMPY = library("numpy")
 FLOAT64 = Arithmetic("float64")
 RULES = {
-    "default": pcr.PCR(),
+    "default": pcr.PCR(alpha="variance"),
     "paper": pcr.PCR.paper(),
     "literal": pcr.PCR.paper(update="literal"),
     "snr": pcr.PCR(alpha="snr", max_boost=3.0),
     "number": pcr.PCR(alpha=0.7),
-    "shrinkage": pcr.PCR(prior=pcr.ShrinkagePrior()),
-    "debiased": pcr.PCR(conflict="debiased"),
+    "shrinkage": pcr.PCR(alpha="variance", prior=pcr.ShrinkagePrior()),
+    "debiased": pcr.PCR(alpha="variance", conflict="debiased"),
     "shrinkage debiased snr": pcr.PCR(alpha="snr", prior=pcr.ShrinkagePrior(), conflict="debiased"),
-    "probability": pcr.PCR(gate="probability"),
-    "probability debiased literal": pcr.PCR(gate="probability", conflict="debiased", update="literal"),
+    "probability": pcr.PCR(alpha="variance", gate="probability"),
+    "probability debiased literal": pcr.PCR(
+        alpha="variance", gate="probability", conflict="debiased", update="literal"
+    ),
     "grpo": pcr.GRPO(),
     "no anchor": pcr.NoAnchor(),
     "hard": pcr.HardProjection(),
@@ -77,7 +79,7 @@ def test_the_bounds_bind() -> None:
     p, s = rng.normal(size=(2, 8, 16))
     case = Case(p, s - 2 * p, np.repeat([0, 1], 4), (16,))
     assert case.plasticity.sum(0) @ case.stability.sum(0) < 0
-    assert max(update_bounds(case, pcr.PCR(), FLOAT64, "float64")) < 1e-11 * np.linalg.norm(p.sum(0))
+    assert max(update_bounds(case, pcr.PCR(alpha="variance"), FLOAT64, "float64")) < 1e-11 * np.linalg.norm(p.sum(0))
 
 
 def test_oracle_by_hand() -> None:
@@ -87,7 +89,7 @@ def test_oracle_by_hand() -> None:
     # P = (4, 2), S = (-1, 1); v = 2 (sum of squares - |total|^2/2)
     assert (stats.p2, stats.s2, stats.c) == (20, 2, -2)
     assert (stats.vp, stats.vs, stats.vps) == (2 * (14 - 10), 2 * (2 - 1), 2 * (1 + 1))
-    pair = oracle.weights(pcr.PCR(), stats)
+    pair = oracle.weights(pcr.PCR(alpha="variance"), stats)
     assert (pair.alpha, pair.b) == (oracle.Fraction(4, 5), 1 + oracle.Fraction(4, 5))
     assert oracle.shrinkage_gain(stats.p2, stats.vp) == oracle.Fraction(12, 20)
 
@@ -96,7 +98,7 @@ def test_oracle_by_hand() -> None:
 @given(case=cases(largest_exponent=3), discount=st.sampled_from([0.5, 0.9, 1.0]), louder=st.sampled_from([0.25, 1, 8]))
 def test_temporal_prior(case: Case, discount: float, louder: float) -> None:
     """Three steps of the Kalman filter: means and variances follow the exact recursion."""
-    rule = pcr.PCR(prior=pcr.TemporalPrior(discount))
+    rule = pcr.PCR(alpha="variance", prior=pcr.TemporalPrior(discount))
     steps = [case, case.with_(plasticity=case.plasticity[::-1] * louder), case.with_(stability=-case.stability)]
     state, memory = None, {}
     for step in steps:

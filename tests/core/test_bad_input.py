@@ -60,14 +60,14 @@ def test_batch_strata_allow_single_responses() -> None:
 
 
 def test_state_without_a_filter() -> None:
-    rule = pcr.PCR(prior=pcr.TemporalPrior())
+    rule = pcr.PCR(alpha="variance", prior=pcr.TemporalPrior())
     state = pcr.resolve(P, -P, group_ids=IDS, rule=rule).state
     with pytest.raises(ValueError, match="state: only PCR with TemporalPrior"):
         pcr.resolve(P, -P, group_ids=IDS, state=state)
 
 
 def test_state_of_another_model() -> None:
-    rule = pcr.PCR(prior=pcr.TemporalPrior())
+    rule = pcr.PCR(alpha="variance", prior=pcr.TemporalPrior())
     state = pcr.resolve(P, -P, group_ids=IDS, rule=rule).state
     assert state is not None
     with pytest.raises(ValueError, match=r"state: expected shape \(1,\).*got \(2,\)"):
@@ -148,13 +148,17 @@ def test_advantages(args: Any, options: Any, error: type[Exception], message: st
         (lambda: pcr.PCR(alpha="variances"), ValueError, "alpha: expected 'variance', 'snr' or"),
         (lambda: pcr.FixedAlpha(2), ValueError, r"alpha: expected a number in \[0, 1\], got 2"),
         (lambda: pcr.FixedAlpha("snr"), ValueError, "alpha"),
-        (lambda: pcr.PCR(max_boost=-1.0), ValueError, "max_boost: .* got -1.0"),
-        (lambda: pcr.PCR(max_boost=math.nan), ValueError, "max_boost"),
-        (lambda: pcr.PCR(prior="flat"), TypeError, "prior: expected .* got 'flat'"),
-        (lambda: pcr.PCR(update="anchor"), ValueError, "update: expected one of"),
-        (lambda: pcr.PCR(gate="hard"), ValueError, "gate: expected one of"),
-        (lambda: pcr.PCR(conflict="biased"), ValueError, "conflict: expected one of"),
-        (lambda: pcr.PCR(conflict="debiased", prior=pcr.TemporalPrior()), ValueError, "debiased.*TemporalPrior"),
+        (lambda: pcr.PCR(alpha="variance", max_boost=-1.0), ValueError, "max_boost: .* got -1.0"),
+        (lambda: pcr.PCR(alpha="variance", max_boost=math.nan), ValueError, "max_boost"),
+        (lambda: pcr.PCR(alpha="variance", prior="flat"), TypeError, "prior: expected .* got 'flat'"),
+        (lambda: pcr.PCR(alpha="variance", update="anchor"), ValueError, "update: expected one of"),
+        (lambda: pcr.PCR(alpha="variance", gate="hard"), ValueError, "gate: expected one of"),
+        (lambda: pcr.PCR(alpha="variance", conflict="biased"), ValueError, "conflict: expected one of"),
+        (
+            lambda: pcr.PCR(alpha="variance", conflict="debiased", prior=pcr.TemporalPrior()),
+            ValueError,
+            "debiased.*TemporalPrior",
+        ),
     ],
 )
 def test_rule_options(make: Any, error: type[Exception], message: str) -> None:

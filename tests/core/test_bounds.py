@@ -20,11 +20,11 @@ from pcr_conformance.strategies import cases
 from pcr_conformance.tolerances import errors
 
 RULES = (
-    pcr.PCR(),
+    pcr.PCR(alpha="variance"),
     pcr.PCR.paper(update="literal"),
     pcr.PCR(alpha="snr", gate="probability"),
     pcr.PCR(alpha=0.3, max_boost=0.7),
-    pcr.PCR(prior=pcr.ShrinkagePrior(), conflict="debiased"),
+    pcr.PCR(alpha="variance", prior=pcr.ShrinkagePrior(), conflict="debiased"),
     pcr.HardProjection(),
     pcr.FixedAlpha(0.3),
     pcr.PCGrad(),

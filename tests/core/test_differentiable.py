@@ -8,11 +8,11 @@ import pytest
 import pcr_core as pcr
 
 RULES = {
-    "default": pcr.PCR(),
+    "default": pcr.PCR(alpha="variance"),
     "literal": pcr.PCR.paper(update="literal"),
     "snr": pcr.PCR(alpha="snr"),
-    "probability": pcr.PCR(gate="probability"),
-    "shrinkage debiased": pcr.PCR(prior=pcr.ShrinkagePrior(), conflict="debiased"),
+    "probability": pcr.PCR(alpha="variance", gate="probability"),
+    "shrinkage debiased": pcr.PCR(alpha="variance", prior=pcr.ShrinkagePrior(), conflict="debiased"),
     "hard": pcr.HardProjection(),
     "pcgrad": pcr.PCGrad(),
     "mgda": pcr.MGDA(),

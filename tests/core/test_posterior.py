@@ -78,7 +78,7 @@ def test_temporal_prior_settles_where_forgetting_balances_learning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("v", "before", "gain"), [(0.0, 1.0, 1.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (5.0, math.inf, 1.0)]
+    ("v", "before", "gain"), [(0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 0.0, 1.0), (5.0, math.inf, 1.0)]
 )
 def test_temporal_limits(v: float, before: float, gain: float) -> None:
     assert pcr.TemporalPrior().posterior(_one(v), previous_variance=_one(before)).gain == gain
@@ -100,7 +100,7 @@ def test_temporal_prior_hides_nothing() -> None:
 def test_temporal_prior_needs_a_state() -> None:
     stats = pcr.BlockStatistics(*[np.ones(1)] * 7)
     with pytest.raises(ValueError, match="TemporalPrior keeps state"):
-        pcr.PCR(prior=pcr.TemporalPrior())(stats)
+        pcr.PCR(alpha="variance", prior=pcr.TemporalPrior())(stats)
 
 
 @pytest.mark.parametrize("discount", [0.0, -1.0, 1.1, math.nan])
@@ -112,7 +112,7 @@ def test_discount_range(discount: float) -> None:
 def test_a_step_that_is_not_finite_leaves_the_filter_of_its_block_as_it_was() -> None:
     rng = np.random.default_rng(0)
     p, s = rng.normal(size=(2, 4, 6))
-    rule = pcr.PCR(prior=pcr.TemporalPrior(0.7))
+    rule = pcr.PCR(alpha="variance", prior=pcr.TemporalPrior(0.7))
     ids = np.asarray([0, 0, 1, 1])
     first = pcr.resolve(p, s, group_ids=ids, sizes=(2, 4), rule=rule).state
     poisoned = p.copy()

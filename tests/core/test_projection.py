@@ -53,7 +53,9 @@ def test_without_noise_conflict_is_certain(c: float, expected: float) -> None:
     assert _chance(c, vp=0.0, vs=0.0) == expected
 
 
-@pytest.mark.parametrize("rule", [pcr.GRPO(), pcr.MGDA(), pcr.PCR(), pcr.PCGrad()], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "rule", [pcr.GRPO(), pcr.MGDA(), pcr.PCR(alpha="variance"), pcr.PCGrad()], ids=lambda r: type(r).__name__
+)
 @pytest.mark.parametrize("c", [-0.5, 0.0, 0.5])
 def test_every_rule_reports_the_conflict(rule: pcr.Rule, c: float) -> None:
     w = rule(_stats(c=c))
@@ -63,7 +65,7 @@ def test_every_rule_reports_the_conflict(rule: pcr.Rule, c: float) -> None:
 
 def test_debiased_conflict_is_reported() -> None:
     """c = -1 is all noise that the streams share: nothing is left of the conflict."""
-    w = pcr.PCR(conflict="debiased")(_stats(c=-1.0, vps=-1.5))
+    w = pcr.PCR(alpha="variance", conflict="debiased")(_stats(c=-1.0, vps=-1.5))
     assert (w.conflict, w.stability) == (False, 1)
     assert w.conflict_probability == pcr.conflict_probability(_stats(), np.asarray([0.5]))
 
@@ -77,13 +79,13 @@ def test_a_cosine_that_rounds_beyond_one(sign: int) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_finite_is_what_all_statistics_are(field: str, value: float) -> None:
     with np.errstate(all="ignore"):
-        w = pcr.PCR()(_stats(**{field: value}))
+        w = pcr.PCR(alpha="variance")(_stats(**{field: value}))
     assert not w.finite
     assert np.isnan(w.stability)
 
 
 def test_large_statistics_are_finite_though_their_sum_is_not() -> None:
-    w = pcr.PCR()(_stats(p2=1.5e308, s2=1.5e308, c=1.0))
+    w = pcr.PCR(alpha="variance")(_stats(p2=1.5e308, s2=1.5e308, c=1.0))
     assert w.finite
     assert w.stability == 1
 

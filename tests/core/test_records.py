@@ -24,4 +24,4 @@ def test_records_are_frozen(record: Any) -> None:
 
 @pytest.mark.parametrize("prior", PRIORS, ids=lambda p: type(p).__name__)
 def test_priors_are_constants(prior: pcr.Prior) -> None:
-    assert len({pcr.PCR(prior=prior), pcr.PCR(prior=replace(prior))}) == 1
+    assert len({pcr.PCR(alpha="variance", prior=prior), pcr.PCR(alpha="variance", prior=replace(prior))}) == 1

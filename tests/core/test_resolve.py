@@ -24,7 +24,7 @@ def test_the_update_has_the_wider_dtype(first: str, second: str, out: str) -> No
 
 def test_update_by_blocks() -> None:
     """v_p = 8, v_s = 2 in the first block: alpha = 4/5, and c/|S|^2 = -1. The second does not conflict."""
-    res = pcr.resolve(P, S, group_ids=IDS, sizes=(2, 1))
+    res = pcr.resolve(P, S, group_ids=IDS, sizes=(2, 1), rule=pcr.PCR(alpha="variance"))
     np.testing.assert_allclose(res.weights.stability, [1.8, 1.0], rtol=1e-15)
     np.testing.assert_allclose(res.update, [4 - 1.8, 2 + 1.8, 5], rtol=1e-15)
     assert res.state is None
@@ -32,7 +32,7 @@ def test_update_by_blocks() -> None:
 
 def test_the_filter_by_hand() -> None:
     """The first step is believed; the second meets a prior of twice the first's variance."""
-    rule = pcr.PCR(prior=pcr.TemporalPrior(0.5))
+    rule = pcr.PCR(alpha="variance", prior=pcr.TemporalPrior(0.5))
     first = pcr.resolve(P, S, group_ids=IDS, sizes=(2, 1), rule=rule)
     assert first.state is not None
     np.testing.assert_array_equal(first.state.plasticity_mean, [4, 2, 2])

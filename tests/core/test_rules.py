@@ -10,7 +10,15 @@ import pytest
 
 import pcr_core as pcr
 
-ALL = (pcr.PCR(), pcr.GRPO(), pcr.NoAnchor(), pcr.HardProjection(), pcr.FixedAlpha(0.3), pcr.PCGrad(), pcr.MGDA())
+ALL = (
+    pcr.PCR(alpha="variance"),
+    pcr.GRPO(),
+    pcr.NoAnchor(),
+    pcr.HardProjection(),
+    pcr.FixedAlpha(0.3),
+    pcr.PCGrad(),
+    pcr.MGDA(),
+)
 
 
 def _stats(p2=4.0, s2=1.0, c=-1.0, vp=3.0, vs=1.0, vps=-0.5, d=2.0):  # type: ignore[no-untyped-def]
@@ -31,13 +39,17 @@ def _ab(rule: pcr.Rule, **stats: float) -> tuple[float, float]:
         (pcr.FixedAlpha(0.25), (1, 1.25)),
         (pcr.PCGrad(), (1.25, 2)),
         (pcr.MGDA(), (2 / 7, 5 / 7)),
-        (pcr.PCR(), (1, 1.75)),
+        (pcr.PCR(), (1, 1.5)),
+        (pcr.PCR(alpha="variance"), (1, 1.75)),
         (pcr.PCR.paper(update="literal"), (1, 0.75)),
-        (pcr.PCR(max_boost=0.5), (1, 1.5)),
+        (pcr.PCR(alpha="variance", max_boost=0.5), (1, 1.5)),
         (pcr.PCR(alpha="snr"), (1, 1 + 3 / 7)),  # q_p = 4/3, q_s = 1
-        (pcr.PCR(conflict="debiased"), (1, 1 + 0.75 * 0.5)),
-        (pcr.PCR(gate="probability"), (1, 1 + 0.75 * 0.5 * math.erfc(-(0.1**0.5)))),  # c = -1 of variance 5
-        (pcr.PCR(prior=pcr.ShrinkagePrior(), alpha=0.5), (0.25, 0)),  # S is no more than its noise
+        (pcr.PCR(alpha="variance", conflict="debiased"), (1, 1 + 0.75 * 0.5)),
+        (
+            pcr.PCR(alpha="variance", gate="probability"),
+            (1, 1 + 0.75 * 0.5 * math.erfc(-(0.1**0.5))),
+        ),  # c = -1 of variance 5
+        (pcr.PCR(alpha=0.5, prior=pcr.ShrinkagePrior()), (0.25, 0)),  # S is no more than its noise
     ],
 )
 def test_frozen_values(rule: pcr.Rule, expected: tuple[float, float]) -> None:
@@ -55,8 +67,8 @@ def test_shrinkage_scales_both_streams() -> None:
 
 
 def test_cap_of_the_default() -> None:
-    assert _ab(pcr.PCR(), s2=1e-4) == (1, 11)
-    assert _ab(pcr.PCR(max_boost=0.0)) == (1, 1)
+    assert _ab(pcr.PCR(alpha="variance"), s2=1e-4) == (1, 11)
+    assert _ab(pcr.PCR(alpha="variance", max_boost=0.0)) == (1, 1)
     assert _ab(pcr.PCR.paper(), s2=2.0**-14) == (1, 1 + 0.75 * 2**14)
 
 
@@ -85,7 +97,7 @@ def test_limits_of_certainty() -> None:
     """A certain stability gradient gives the hard projection, a certain plasticity gradient none at all."""
     assert _ab(pcr.PCR.paper(), vs=0.0) == _ab(pcr.HardProjection())
     assert _ab(pcr.PCR.paper(), vp=0.0) == (1, 1)
-    assert pcr.PCR()(_stats(vp=0.0, vs=0.0)).alpha == 0.5
+    assert pcr.PCR(alpha="variance")(_stats(vp=0.0, vs=0.0)).alpha == 0.5
     assert pcr.PCR(alpha="snr")(_stats(vp=0.0, vs=0.0)).alpha == 0.5
 
 
@@ -97,14 +109,16 @@ def test_nothing_to_project_on() -> None:
 
 def test_probability_gate_is_a_smooth_sign_gate() -> None:
     certain = {"vp": 1e-12, "vs": 1e-12}
-    assert _ab(pcr.PCR(gate="probability"), **certain) == pytest.approx(_ab(pcr.PCR(), **certain))
+    assert _ab(pcr.PCR(alpha="variance", gate="probability"), **certain) == pytest.approx(
+        _ab(pcr.PCR(alpha="variance"), **certain)
+    )
     noisy = {"c": -1e-9, "vp": 1e6, "vs": 1e6}
-    w = pcr.PCR(gate="probability")(_stats(**noisy))
+    w = pcr.PCR(alpha="variance", gate="probability")(_stats(**noisy))
     assert w.conflict_probability == pytest.approx(0.5)
 
 
 def test_report() -> None:
-    w = pcr.PCR()(_stats())
+    w = pcr.PCR(alpha="variance")(_stats())
     assert (w.cosine, w.conflict, w.finite) == (-0.5, True, True)
     assert w.removed == pytest.approx(0.75 * 0.5)
     assert (w.plasticity_nsr, w.stability_nsr) == (0.75, 1.0)
@@ -114,7 +128,7 @@ def test_report() -> None:
 
 def test_shrinkage_reports_the_totals_geometry() -> None:
     """A gain of zero does not turn the streams' measured cosine into zero."""
-    w = pcr.PCR(prior=pcr.ShrinkagePrior())(_stats(vs=2.0))
+    w = pcr.PCR(alpha="variance", prior=pcr.ShrinkagePrior())(_stats(vs=2.0))
     assert w.cosine == -0.5
     assert w.stability_nsr == 2
 
@@ -138,7 +152,7 @@ def test_make_rule_passes_options() -> None:
     made = pcr.make_rule("pcr", prior="temporal", discount=0.5, alpha="snr", max_boost=2.0)
     assert made == pcr.PCR(prior=pcr.TemporalPrior(0.5), alpha="snr", max_boost=2.0)
     assert pcr.make_rule("paper", update="literal") == pcr.PCR.paper(update="literal")
-    assert pcr.make_rule("paper") == pcr.PCR(max_boost=math.inf)
+    assert pcr.make_rule("paper") == pcr.PCR(alpha="variance", max_boost=math.inf)
     assert pcr.make_rule("pcr", prior="temporal") == pcr.PCR(prior=pcr.TemporalPrior())
     assert pcr.make_rule("fixed", alpha="0.25") == pcr.FixedAlpha(0.25)
     assert pcr.make_rule("pcr_core.rules:FixedAlpha", alpha=0.3) == pcr.FixedAlpha(0.3)

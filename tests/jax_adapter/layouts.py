@@ -117,7 +117,10 @@ def main(norms: str, dtype: str, width: str, names: list[str]) -> None:
     small = {"width": 8, "hidden": 12, "length": 5}
     sizes = small if width == "tiny" else {"width": 512, "hidden": 1536, "length": 125}
     rules = {
-        name: pcr_core.PCR(prior=pcr_core.TemporalPrior()) if name in TEMPORAL else pcr_core.PCR() for name in names
+        name: pcr_core.PCR(alpha="variance", prior=pcr_core.TemporalPrior())
+        if name in TEMPORAL
+        else pcr_core.PCR(alpha="variance")
+        for name in names
     }
     expected = {rule: run(None, rule, norms, dtype, dict(sizes))[0] for rule in set(rules.values())}
     for name, rule in rules.items():

@@ -14,7 +14,7 @@ import pcr_core
 from pcr_core import Scatter
 from pcr_jax import Rollouts, dense, init_prior, init_state, make_train_step, resolve, resolving, select_blocks
 
-RULES = [pcr_core.PCR(alpha=0.5), pcr_core.PCR(prior=pcr_core.TemporalPrior()), pcr_core.PCGrad()]
+RULES = [pcr_core.PCR(alpha=0.5), pcr_core.PCR(alpha="variance", prior=pcr_core.TemporalPrior()), pcr_core.PCGrad()]
 PARAMS = {"a": jnp.ones((3, 2)), "b": jnp.ones(4), "c": jnp.ones(2)}
 BLOCKS = select_blocks(PARAMS, "[ab]")
 

@@ -17,9 +17,9 @@ from pcr_jax import Blocks, resolve, select_blocks
 from pcr_jax.products import inner, three
 
 RULES = [
-    pcr_core.PCR(),
+    pcr_core.PCR(alpha="variance"),
     pcr_core.PCR(alpha="snr", gate="probability", conflict="debiased"),
-    pcr_core.PCR(prior=pcr_core.ShrinkagePrior(), update="literal"),
+    pcr_core.PCR(alpha="variance", prior=pcr_core.ShrinkagePrior(), update="literal"),
     pcr_core.PCGrad(),
     pcr_core.MGDA(),
 ]
@@ -108,7 +108,7 @@ def test_no_conflict_is_the_plain_sum_bit_for_bit() -> None:
 def test_takes_the_memory_of_a_donated_gradient() -> None:
     p, s, _, _, blocks, noise, _ = problem("float32")
     step = jax.jit(resolve, static_argnames=("rule", "blocks"), donate_argnums=(0,))
-    update, _ = step(p, s, noise, pcr_core.PCR(), blocks=blocks)
+    update, _ = step(p, s, noise, pcr_core.PCR(alpha="variance"), blocks=blocks)
     assert all(x.is_deleted() for x in jax.tree.leaves(p))
     assert not any(x.is_deleted() for x in jax.tree.leaves((update, s)))
 

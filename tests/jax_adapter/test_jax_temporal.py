@@ -137,7 +137,7 @@ def test_bad_input_is_named() -> None:
 
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (ValueError, "prior: TemporalPrior keeps state; give", lambda: call(RULE, None)),
-        (ValueError, "prior: only PCR with TemporalPrior", lambda: call(pcr_core.PCR(), prior)),
+        (ValueError, "prior: only PCR with TemporalPrior", lambda: call(pcr_core.PCR(alpha="variance"), prior)),
         (TypeError, "prior: expected a PriorState", lambda: call(RULE, {})),
         (ValueError, "prior: plasticity_mean has arrays of shapes", lambda: call(RULE, longer)),
         (

@@ -72,7 +72,7 @@ def test_compiles_once_and_donates() -> None:
 @pytest.mark.slow
 def test_a_checkpoint_continues_exactly(tmp_path: Path) -> None:
     checkpoint = pytest.importorskip("orbax.checkpoint")
-    optimizer, rule = optax.adam(1e-2), pcr_core.PCR(prior=pcr_core.TemporalPrior())
+    optimizer, rule = optax.adam(1e-2), pcr_core.PCR(alpha="variance", prior=pcr_core.TemporalPrior())
     step = make_train_step(tiny.forward, optimizer, group_size=GROUP, beta=BETA, rule=rule)
     state, _ = step(init_state(tiny.on_device(tiny.parameters()), optimizer, rule), rollouts())
     assert state.prior is not None

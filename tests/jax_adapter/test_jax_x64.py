@@ -33,7 +33,7 @@ NARROW = np.ones((4, 2), dtype="float32")
 P, NOISE = {"w": jnp.ones((2, 2))}, Scatter(jnp.ones(1), jnp.ones(1), jnp.zeros(1))
 ONE = np.ones(1)
 BLOCKS = select_blocks(P, "all")
-TEMPORAL = pcr_core.PCR(prior=pcr_core.TemporalPrior())
+TEMPORAL = pcr_core.PCR(alpha="variance", prior=pcr_core.TemporalPrior())
 SGD = optax.sgd(1.0)
 BATCH = Rollouts(NARROW, NARROW, NARROW, NARROW[:, 0], NARROW > 0)
 
@@ -55,7 +55,7 @@ def step(rollouts: Rollouts = BATCH, params: Any = P, **options: Any) -> Any:
 
 
 def decide(p: Any = P, s: Any = P, statistics: Any = NOISE, **options: Any) -> Any:
-    return resolve(p, s, statistics, options.pop("rule", pcr_core.PCR()), blocks=BLOCKS, **options)
+    return resolve(p, s, statistics, options.pop("rule", pcr_core.PCR(alpha="variance")), blocks=BLOCKS, **options)
 
 
 def chain(p: Any = P, s: Any = P, statistics: Any = NOISE) -> Any:

@@ -28,7 +28,7 @@ STRATA = torch.tensor([0, 0, 0, 0, 1, 1, 9, 9, 2, 2, 2, 2])  # of the same respo
 ROWS = (range(0, 6), range(6, 12))
 PARTS = ((range(0, 4), range(4, 6)), (range(6, 8), range(8, 12)))
 RULE = pcr_core.PCR(alpha="snr")
-TEMPORAL = pcr_core.PCR(prior=pcr_core.TemporalPrior(0.7))
+TEMPORAL = pcr_core.PCR(alpha="variance", prior=pcr_core.TemporalPrior(0.7))
 
 
 def problem(seed: int = 0) -> Batch:

@@ -125,8 +125,14 @@ def test_weights_from_before_there_was_a_stability_gradient_are_not_used_again()
         ({"granularity": "tensor"}, "8 blocks"),
         ({"granularity": "global", "blocks": "lora_A"}, "is in no block"),
         ({"granularity": "global", "every": 0}, "expected an integer >= 1"),
-        ({"granularity": "global", "rule": pcr_core.PCR(prior=pcr_core.TemporalPrior(0.9))}, "TemporalPrior shrinks"),
-        ({"granularity": "global", "rule": pcr_core.PCR(prior=pcr_core.ShrinkagePrior())}, "ShrinkagePrior shrinks"),
+        (
+            {"granularity": "global", "rule": pcr_core.PCR(alpha="variance", prior=pcr_core.TemporalPrior(0.9))},
+            "TemporalPrior shrinks",
+        ),
+        (
+            {"granularity": "global", "rule": pcr_core.PCR(alpha="variance", prior=pcr_core.ShrinkagePrior())},
+            "ShrinkagePrior shrinks",
+        ),
     ],
 )
 def test_what_is_not_exact_is_refused(options: dict[str, Any], words: str) -> None:

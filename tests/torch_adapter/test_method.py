@@ -176,7 +176,7 @@ def test_temporal_prior_equals_the_dense_filter_over_steps() -> None:
 
 def test_a_step_that_is_not_finite_leaves_the_temporal_prior_as_it_was() -> None:
     model, data = tiny_model("llama"), batch()
-    method = PCR(model, rule=pcr_core.PCR(prior=pcr_core.TemporalPrior(0.7)))
+    method = PCR(model, rule=pcr_core.PCR(alpha="variance", prior=pcr_core.TemporalPrior(0.7)))
     run(model, method, data)
     before = copy.deepcopy(method.state_dict()["prior"])
     hook = model.get_submodule("model.layers.1.mlp.up_proj").register_full_backward_hook(

@@ -44,7 +44,7 @@ RULES: dict[str, pcr.Rule] = {
     "hard": pcr.HardProjection(),
     "fixed 1/2": pcr.FixedAlpha(0.5),
     "paper": pcr.PCR.paper(),
-    "variance, capped": pcr.PCR(),
+    "variance, capped": pcr.PCR(alpha="variance"),
     "snr, capped": pcr.PCR(alpha="snr"),
     "1/2, capped": pcr.PCR(alpha=0.5),
     "PCGrad": pcr.PCGrad(),

@@ -25,7 +25,7 @@ UPDATES: dict[str, tuple[str, Rule]] = {
     "GRPO": ("GRPO", pcr_core.GRPO()),
     "PCR of the paper, literal": ("hard projection", pcr_core.PCR.paper(update="literal")),
     "PCR of the paper, anchored": ("PCR of the paper", pcr_core.PCR.paper()),
-    "PCR, capped at 10": ("PCR, capped", pcr_core.PCR()),
+    "PCR, capped at 10": ("PCR, capped", pcr_core.PCR(alpha="variance")),
     "PCR, snr, capped at 10": ("PCR, snr, capped", pcr_core.PCR(alpha="snr")),
 }
 
@@ -60,7 +60,7 @@ def alpha_density(figure: Figure, steps: Sequence[Blocks]) -> None:
     """
     families = list(dict.fromkeys(steps[0]["family"]))
     left, right = figure.subplots(1, 2, sharey=True)
-    for axis, rule in ((left, pcr_core.PCR()), (right, pcr_core.PCR(alpha="snr"))):
+    for axis, rule in ((left, pcr_core.PCR(alpha="variance")), (right, pcr_core.PCR(alpha="snr"))):
         found: dict[str, list[float]] = {family: [] for family in families}
         for step in steps:
             present, statistics = _statistics(step)

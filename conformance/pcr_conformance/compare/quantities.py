@@ -14,7 +14,7 @@ from pcr_conformance.cases import Case, Floats, ObjectiveCase
 from pcr_conformance.compare import problems, token_reference
 from pcr_conformance.compare.reference import Reference, evaluate, update_error
 
-RULE = pcr_core.PCR()
+RULE = pcr_core.PCR(alpha="variance")
 _SUMS = {
     "plasticity_sq": "p2",
     "stability_sq": "s2",

@@ -75,7 +75,7 @@ def weights_are_exact(adapter: Adapter, case: Case, dtype: str, rule: Rule) -> N
             enclosed(law, "alpha", w.alpha[i], float(pair.alpha), may.alpha)
         if pair.conflict is not None and may.c is not None and not may.c.lo < 0 <= may.c.hi:
             assert bool(w.conflict[i]) == pair.conflict, f"{law}: conflict is {w.conflict[i]}, c = {float(stats.c)}"
-        if rule in (pcr_core.GRPO(), pcr_core.PCR()):
+        if rule in (pcr_core.GRPO(), pcr_core.PCR(alpha="variance")):
             chance = float(oracle.conflict_probability(stats, stats.c))
             within = enclosure.conflict_probability(given, given.c)
             enclosed(law, "conflict_probability", w.conflict_probability[i], chance, within)

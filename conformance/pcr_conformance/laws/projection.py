@@ -91,7 +91,7 @@ def projection_never_lengthens(adapter: Adapter, case: Case, dtype: str, kind: s
 
 def boost_is_capped(adapter: Adapter, case: Case, dtype: str, max_boost: float, shrink: float = 2.0**-20) -> None:
     """Law 4, second half: b lies in [1, 1 + kappa], so as beta goes to 0 the update goes to P, at a bounded rate."""
-    rule = pcr_core.PCR(max_boost=max_boost)
+    rule = pcr_core.PCR(alpha="variance", max_boost=max_boost)
     law = f"law 4 (b is in [1, 1 + {max_boost}])"
     case = as_seen(adapter, case, dtype)
     weak = as_seen(adapter, case.with_(stability=case.stability * shrink), dtype)

@@ -71,7 +71,7 @@ def scale_goes_through(adapter: Adapter, case: Case, dtype: str, rule: Rule, pow
 
     louder = case.with_(stability=t * case.stability)
     scaled = replace(base.statistics, stability_var=t * t * base.statistics.stability_var)
-    alpha = adapter.resolve(louder, pcr_core.PCR(), dtype).weights.alpha
+    alpha = adapter.resolve(louder, pcr_core.PCR(alpha="variance"), dtype).weights.alpha
     for i, stats in enumerate(exact_statistics(scaled)):
         exact = float(oracle.retention_complement("variance", stats))
         may = enclosure.retention_complement("variance", enclosure.around(stats, arithmetic(adapter)))
