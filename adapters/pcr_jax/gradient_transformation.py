@@ -79,7 +79,7 @@ def resolving(
         unknown = jnp.full((len(of.names),), jnp.nan, wide_dtype())
         statistics = BlockStatistics(*(unknown,) * 7)
         # every rule gives the same record
-        return ResolvingState(prior, Report(pcr_core.PCR()(statistics), statistics, of))
+        return ResolvingState(prior, Report(pcr_core.PCR(alpha="variance")(statistics), statistics, of))
 
     def update(
         updates: Any,
