@@ -103,7 +103,7 @@ def test_outside_a_pullback_it_is_a_product() -> None:
 
 
 def test_what_both_pullbacks_need_is_made_late() -> None:
-    """Temporary memory as XLA plans it, nothing runs: 2.12 pullbacks; 4.1 with tiles stacked early, 2.2 with shared terms."""
+    """Temporary memory as XLA plans it: 2.12 pullbacks; 4.1 with tiles stacked early, 2.2 with shared terms."""
     kernel = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
     params = {"layers": [{"up": kernel, "down": jax.ShapeDtypeStruct(kernel.shape[::-1], kernel.dtype)}] * 4}
     rows = {"x": jax.ShapeDtypeStruct((6, 64, 512), jnp.float32), "a": jax.ShapeDtypeStruct((6,), jnp.float32)}
