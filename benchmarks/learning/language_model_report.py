@@ -81,7 +81,8 @@ def _confirmation(suite: ModelSuite, results: Results) -> Table:
     seeds = len({row.settings["seed"] for row in results.confirmation})
     note = (
         f"Means over {seeds} seeds. Processor seconds are those of the whole run, measurements before and after "
-        "included, divided by its steps."
+        "included, divided by its steps. Outcomes are counts of few problems: an interval without width says that they "
+        "came out equal on every seed, not that rules are known to be equal."
     )
     return Table("Confirmation", columns, rows, note)
 
