@@ -55,7 +55,7 @@ def resolving(
         >>> noise = pcr_core.Scatter(jnp.asarray([3.0]), jnp.asarray([0.0]), jnp.asarray([0.0]))
         >>> update, state = optimizer.update(p, state, params, stability=s, statistics=noise)
         >>> update["w"].tolist(), state[0].report.weights.alpha.tolist()
-        ([1.0, -2.0], [1.0])
+        ([-1.0, -2.0], [0.5])
     """
     try:
         import optax

@@ -75,7 +75,7 @@ def resolve(
         >>> import jax.numpy as jnp, pcr_core
         >>> p, s = {"w": jnp.asarray([4.0, 2.0])}, {"w": jnp.asarray([-1.0, 0.0])}
         >>> noise = pcr_core.Scatter(jnp.asarray([3.0]), jnp.asarray([0.0]), jnp.asarray([0.0]))
-        >>> update, report = resolve(p, s, noise, pcr_core.PCR(), blocks="all")
+        >>> update, report = resolve(p, s, noise, pcr_core.PCR(alpha="variance"), blocks="all")
         >>> update["w"].tolist(), report.weights.alpha.tolist()  # S is certain: the conflicting component goes
         ([-1.0, 2.0], [1.0])
     """
