@@ -112,6 +112,20 @@ def _conflict(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> No
     _label(axis, "conflict and sampling noise", "fraction")
 
 
+def cosine_image(axis: Any, grid: np.ndarray[Any, Any], ends: tuple[int, int], limit: float) -> Any:
+    """Cosines of layers (rows) and steps (columns, from ends[0] to ends[1]) in colours; red is conflict."""
+    return axis.imshow(
+        grid,
+        aspect="auto",
+        origin="lower",
+        cmap="RdBu",
+        vmin=-limit,
+        vmax=limit,
+        interpolation="nearest",
+        extent=(ends[0] - 0.5, ends[1] + 0.5, -0.5, len(grid) - 0.5),
+    )
+
+
 def _heatmap(
     figure: Any,
     axis: Any,
@@ -121,16 +135,7 @@ def _heatmap(
     limit: float,
     title: str,
 ) -> None:
-    image = axis.imshow(
-        grid,
-        aspect="auto",
-        origin="lower",
-        cmap="RdBu",
-        vmin=-limit,
-        vmax=limit,
-        interpolation="nearest",
-        extent=(ends[0] - 0.5, ends[1] + 0.5, -0.5, len(names) - 0.5),
-    )
+    image = cosine_image(axis, grid, ends, limit)
     every = max(1, math.ceil(len(names) / 10))
     axis.set_yticks(range(0, len(names), every), names[::every])
     bar = figure.colorbar(image, ax=axis, pad=0.02)

@@ -34,6 +34,17 @@ class Stats:
     d: int
 
 
+SUMS = {
+    "plasticity_sq": "p2",
+    "stability_sq": "s2",
+    "dot": "c",
+    "plasticity_var": "vp",
+    "stability_var": "vs",
+    "covariance": "vps",
+}
+"""Fields of `pcr_core.BlockStatistics`, and their names here."""
+
+
 class Pair(NamedTuple):
     """What a rule decides for one block: the update is a P + b S. `alpha` is None where the rule has none."""
 

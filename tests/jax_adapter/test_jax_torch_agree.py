@@ -202,22 +202,12 @@ def test_float32_stays_within_the_bounds_of_the_conformance_suite(norms: Any) ->
             range(4), case.blocks(), stats, errors(case, single, inputs=contributions), allowed, strict=True
         ):
             assert np.linalg.norm(off[where]) <= bound < 0.01 * np.linalg.norm(of_blocks[where]), (name, block)
-            for ours, theirs in FIELDS.items():
+            for ours, theirs in oracle.SUMS.items():
                 gap = abs(float(getattr(found, ours)[block]) - float(getattr(stat, theirs)))
                 assert gap <= getattr(error, theirs), (name, ours, block)
     assert any(pair.conflict for pair in pairs)
     for stream in ("plasticity", "stability"):
         assert_trees_close(getattr(pulled, stream), exact[stream], 1e-5)
-
-
-FIELDS = {
-    "plasticity_sq": "p2",
-    "stability_sq": "s2",
-    "dot": "c",
-    "plasticity_var": "vp",
-    "stability_var": "vs",
-    "covariance": "vps",
-}
 
 
 def flat(tree: Any, blocks: Any) -> Any:

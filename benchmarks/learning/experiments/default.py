@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import pcr_core as pcr
 from benchmarks.learning.bandit import Memoryless, Method, Regime, simulate
 from benchmarks.learning.experiment import Choices, Experiment, Job, Results, Row
-from benchmarks.learning.experiments.bandit import place
+from benchmarks.learning.experiments.bandit import PLACES
 from benchmarks.learning.paired import Interval, paired_interval
 from benchmarks.learning.report import Claim, Plot, Report, Table
 from benchmarks.learning.suite import CHUNK, Suite, settings_of
@@ -25,14 +25,6 @@ from benchmarks.learning.tables import (
     settings_table,
 )
 
-PLACES = {
-    "base": place(Regime()),
-    "noisy rewards": place(Regime(prompts=4, flips=0.3)),
-    "groups of 2": place(Regime(group=2)),
-    "groups of 4": place(Regime(group=4)),
-    "uneven": place(Regime(uneven=True)),
-    "SGD": place(Regime(optimizer="sgd")),
-}
 RULES: dict[str, pcr.Rule] = {
     "GRPO": pcr.GRPO(),
     **{f"1/2, cap {cap}": pcr.PCR(alpha=0.5, max_boost=float(cap)) for cap in (3, 10, 30, 100)},

@@ -14,6 +14,7 @@ import numpy as np
 import pcr_core
 from benchmarks.learning.figures.style import INK, mark, plain
 from pcr_core import BlockStatistics, Rule
+from pcr_train.plots import cosine_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,16 +38,7 @@ def heatmaps(figure: Figure, steps: Sequence[Blocks]) -> None:
     limit = max(float(np.nanmax(np.abs(grid))) for grid in grids)
     titles = [f"{part}, {how}" for part in ("MLP", "attention") for how in ("as measured", "without shared noise")]
     for axis, grid, title in zip(axes.flat, grids, titles, strict=True):
-        image = axis.imshow(
-            grid,
-            aspect="auto",
-            origin="lower",
-            cmap="RdBu",
-            vmin=-limit,
-            vmax=limit,
-            interpolation="nearest",
-            extent=(steps[0]["step"] - 0.5, steps[-1]["step"] + 0.5, -0.5, grid.shape[0] - 0.5),
-        )
+        image = cosine_image(axis, grid, (steps[0]["step"], steps[-1]["step"]), limit)
         plain(axis, title, "step" if title.startswith("attention") else "", "layer", grid=False)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("mean cos(P, S); red is conflict", fontsize=9)

@@ -13,17 +13,10 @@ from pcr_conformance.adapter import Adapter, capabilities, seen
 from pcr_conformance.cases import Case, Floats, ObjectiveCase
 from pcr_conformance.compare import problems, token_reference
 from pcr_conformance.compare.reference import Reference, evaluate, update_error
+from pcr_conformance.oracle import SUMS
 
 RULE = pcr_core.PCR(alpha="variance")
-_SUMS = {
-    "plasticity_sq": "p2",
-    "stability_sq": "s2",
-    "dot": "c",
-    "plasticity_var": "vp",
-    "stability_var": "vs",
-    "covariance": "vps",
-}
-_NUMBERS = (*_SUMS, "alpha", "stability weight")
+_NUMBERS = (*SUMS, "alpha", "stability weight")
 #: those that are as long as the problem, and come back in the input's dtype
 VECTORS = ("update", "plasticity cotangent", "stability cotangent")
 QUANTITIES = (*_NUMBERS, *VECTORS)
@@ -85,7 +78,7 @@ class Gradients:
         if backwards:
             case = case.with_(plasticity=case.plasticity[:, ::-1].copy(), stability=case.stability[:, ::-1].copy())
         got = adapter.resolve(case, RULE, self.dtype)
-        numbers = {name: float(np.asarray(getattr(got.statistics, name))[0]) for name in _SUMS}
+        numbers = {name: float(np.asarray(getattr(got.statistics, name))[0]) for name in SUMS}
         numbers |= {"alpha": float(got.weights.alpha[0]), "stability weight": float(got.weights.stability[0])}
         return Outcome(numbers, {"update": got.update[::-1] if backwards else got.update})
 
@@ -98,12 +91,12 @@ class Gradients:
         return found | {"update": _distance(one.vectors["update"], other.vectors["update"])}
 
     def _exact(self, name: str) -> float:
-        if name in _SUMS:
-            return self.reference.sums[_SUMS[name]]
+        if name in SUMS:
+            return self.reference.sums[SUMS[name]]
         return float(self.reference.pair.b if name == "stability weight" else self.reference.pair.alpha or 0)
 
     def _scale(self, name: str) -> float:
-        return self.reference.scales[_SUMS[name]] if name in _SUMS else abs(self._exact(name))
+        return self.reference.scales[SUMS[name]] if name in SUMS else abs(self._exact(name))
 
 
 @dataclass(frozen=True)
