@@ -7,7 +7,6 @@ a sum of the two; then two backward passes take the place of one, and `.grad` is
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from pcr_core.statistics import Strata
 from pcr_torch.blocks import Granularity, select_blocks
 from pcr_torch.method import PCR, Norms
 from pcr_torch.report import Report
+from pcr_torch.separability import refuse_config, refuse_trainer
 
 try:
     import trl.trainer.utils as trl_utils
@@ -35,7 +35,6 @@ except ImportError as error:
 
 _GROUP_IDS = "pcr_group_ids"
 _STATE_FILE = "pcr_state.pt"
-SEPARABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
 
 @dataclass
@@ -129,9 +128,9 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         config = kwargs.get("args", args[2] if len(args) > 2 else None)
         if not isinstance(config, PCRConfig):
             raise TypeError(f"args: expected a pcr_torch.trl.PCRConfig (with beta > 0), got {type(config).__name__}")
-        _refuse_config(config)
+        refuse_config(config)
         super().__init__(*args, **kwargs)
-        _refuse_trainer(self)
+        refuse_trainer(self)
         self.method: PCR | None = None
         self._bound: Any = None
         if self.accelerator.distributed_type == DistributedType.NO:
@@ -349,60 +348,3 @@ def _replaced(accelerator: Any, **methods: Callable[..., Any]) -> Iterator[None]
     finally:
         for name in methods:
             delattr(accelerator, name)
-
-
-def _refuse_config(config: PCRConfig) -> None:
-    """Settings that are known to be wrong before any model is loaded."""
-    if config.deepspeed is not None:
-        raise ValueError("deepspeed: its engine owns the backward pass and the gradients, so there is no place for two")
-    if config.fp16:
-        raise ValueError("fp16: the loss scaler would scale one loss of two; use bf16=True or float32")
-    if config.entropy_coef != 0 or config.use_adaptive_entropy:
-        raise ValueError("entropy_coef: the entropy bonus belongs to neither stream; set it to 0")
-    if config.torch_compile:
-        raise ValueError("torch_compile: compiled layers bypass the probes; not supported yet")
-    if config.use_liger_kernel or (config.model_init_kwargs or {}).get("use_kernels"):
-        raise ValueError(
-            "model_init_kwargs, use_liger_kernel: fused kernels may overwrite in one backward pass what a second one "
-            "needs, which autograd does not notice; use the model's own layers"
-        )
-    optimizer = str(getattr(config.optim, "value", config.optim))
-    if optimizer.endswith("layerwise") or optimizer in ("lomo", "adalomo"):
-        raise ValueError(f"optim: {optimizer!r} steps within the backward pass, before the gradients are resolved")
-    if config.loss_type not in SEPARABLE_LOSSES:
-        raise ValueError(f"loss_type: {config.loss_type!r} is not known to be a sum of a reward and a KL term")
-    if config.strata == "group":
-        # slices of processes and of micro-batches begin at multiples of batch, groups at multiples of group, so every
-        # part of a group is a multiple of their common divisor, on any number of processes
-        batch, group = config.per_device_train_batch_size, config.num_generations
-        if math.gcd(batch, group) < 2:
-            raise ValueError(
-                f"per_device_train_batch_size: {batch} cuts groups of num_generations={group} into single responses, "
-                "and the variance is estimated within the groups of a micro-batch; use a multiple of num_generations "
-                "(or a divisor >= 2), or strata='batch'"
-            )
-
-
-def _refuse_trainer(trainer: Any) -> None:
-    """Settings that show only once the model and the accelerator are there."""
-    accelerator = trainer.accelerator
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise ValueError("fsdp_version: FSDP1 flattens weights, which hides them from PCR; set fsdp_version: 2")
-    parallel = getattr(accelerator, "parallelism_config", None)
-    if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
-        raise ValueError(
-            "parallelism_config: tensor, context and sequence parallel split a response over processes, and its "
-            "gradient's norm with it; use data parallel dimensions only"
-        )
-    if trainer.args.n_gpu > 1:
-        raise ValueError("DataParallel copies the model within one process; start one process a GPU")
-    if str(accelerator.distributed_type.value).upper() in ("DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"{accelerator.distributed_type.value}: its engine owns the backward pass, so there is no "
-                         "place for two")  # fmt: skip
-    if accelerator.scaler is not None:
-        raise ValueError("mixed precision with a loss scaler (fp16) would scale one loss of two; use bf16 or float32")
-    if trainer.aux_loss_enabled:
-        raise ValueError("router_aux_loss_coef: the router's loss belongs to neither stream; set it to 0")
-    if getattr(trainer.model, "is_quantized", False):
-        raise ValueError("model: quantised weights are not supported yet; load it in bf16 or float32")

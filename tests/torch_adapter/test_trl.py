@@ -19,7 +19,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 import pcr_core
 from pcr_torch.distributed import local
-from pcr_torch.trl import PCRConfig, PCRTrainer, _refuse_trainer, shuffle_groups
+from pcr_torch.separability import refuse_trainer
+from pcr_torch.trl import PCRConfig, PCRTrainer, shuffle_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GROUP = 4
@@ -430,7 +431,7 @@ def test_fp16_deepspeed_and_liger_are_refused(folder: Path, tmp_path: Path) -> N
 def test_ways_to_split_a_model_that_hide_gradients_are_refused(state: dict[str, Any], message: str) -> None:
     accelerator = SimpleNamespace(**({"state": None, "parallelism_config": None} | state))
     with pytest.raises(ValueError, match=message):
-        _refuse_trainer(SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(n_gpu=1)))
+        refuse_trainer(SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(n_gpu=1)))
 
 
 @pytest.mark.parametrize(
@@ -449,7 +450,7 @@ def test_what_shows_once_the_model_is_there_is_refused(change: dict[str, Any], m
         state=None, distributed_type=found.pop("distributed_type"), scaler=found.pop("scaler")
     )
     with pytest.raises(ValueError, match=message):
-        _refuse_trainer(SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(n_gpu=1), **found))
+        refuse_trainer(SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(n_gpu=1), **found))
 
 
 def test_stock_config_is_refused(folder: Path) -> None:
