@@ -4,7 +4,7 @@ Where the gradient of a probed layer's output arrives (`probe.py`), the weight's
 products are formed in one place (`products.py`). Two passes, a layer at a time (`segments.py`), give both streams; the
 first only keeps the output gradients, so that each weight's gradient is formed once, in the second pass, and inner
 products between the streams can be taken. Above the last attention the second stream needs no products of its own to
-come down (`rows.py`).
+come down (`rows.py`); and where no block lies below a layer's input, the gradient there is that of the sum alone.
 
 Linear layers outside the blocks are probed as well, to form the gradient of the summed stream once in place of twice.
 """
@@ -26,7 +26,7 @@ from pcr_torch.probe import install, layout, remove
 from pcr_torch.products import WORKSPACE, Products, bias_products, in_range, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, total_dtype, wide_dtype
 from pcr_torch.rows import Multiples
-from pcr_torch.segments import Segment, back, lies_on_top, segments, whole
+from pcr_torch.segments import Segment, back, ends, lies_on_top, segments, whole
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Recorder:
         self._kept: dict[str, _Kept] = {}
         self._seen: set[tuple[str, str]] = set()
         self._tied: set[int] = set()  # weights that layers of several segments share
+        self._lowest: Collection[str] = ()  # layers whose input's gradient is wanted of the streams' sum alone
         # FSDP schedules its gathering by whole backward passes
         self._sharded = any(isinstance(p, DTensor) for p in parameters.values())
         self._modules: dict[str, nn.Module] = {}
@@ -101,6 +102,7 @@ class Recorder:
             self._kept.clear()
             self._seen.clear()
             self._tied.clear()
+            self._lowest = ()
             del self._pulled
 
     def _through(self, logp: Tensor, cotangents: Sequence[Tensor]) -> None:
@@ -112,6 +114,9 @@ class Recorder:
         hidden = not ours <= frozenset().union(*held)
         for k, segment in enumerate(chain):
             self._tied |= segment.probed & frozenset().union(*held[k + 1 :])
+        if not hidden and len(cotangents) > 1:
+            lowest = max(k for k, each in enumerate(held) if ours & each)
+            self._lowest = ends(chain[lowest], logp, ours)
         streams = [[cotangent] for cotangent in cotangents]
         for k, segment in enumerate(chain):
             below = not hidden and not any(ours & each for each in held[k:])
@@ -154,7 +159,7 @@ class Recorder:
             return dy @ (matrix.T if transposed else matrix)
 
         if self._pass == "keep" and not again:
-            dx = back(dy) if wanted[0] else None
+            dx = back(dy) if wanted[0] and path not in self._lowest else None
             self._kept[path] = _Kept(dy, dx if path in self._top else None)
             return dx, None, None
         kept = None if again else self._kept.pop(path, None)
@@ -163,8 +168,10 @@ class Recorder:
         if kept is not None and kept.dx is not None:
             shared = Multiples.of(*dys)
             dx = shared.input_gradient(back, kept.dx)
+        elif wanted[0]:
+            dx = back(kept.dy + dy if kept is not None and path in self._lowest else dy)
         else:
-            dx = back(dy) if wanted[0] else None
+            dx = None
         if members:
             assert x is not None
             with torch.no_grad():

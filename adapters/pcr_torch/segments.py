@@ -13,7 +13,8 @@ each backward pass is over the whole graph.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -100,6 +101,33 @@ def back(segment: Segment, output: Tensor, gradients: Sequence[Tensor], *, keep:
     finally:
         hook.remove()
     raise RuntimeError("a backward pass did not arrive at the end of its segment")
+
+
+def ends(segment: Segment, output: Tensor, leaves: Collection[int]) -> frozenset[str]:
+    """Names of probed layers from whose input the segment leads to none of `leaves` (ids of tensors)."""
+    starts = [output.grad_fn] if segment.roots is None else [edge.node for edge in segment.roots]
+    leads: dict[Node, bool] = {}
+    calls: Counter[str] = Counter()
+    found: set[str] = set()
+    waiting = [(cast(Node, node), False) for node in starts]
+    while waiting:
+        node, known = waiting.pop()
+        if hasattr(node, "variable"):
+            leads[node] = id(node.variable) in leaves
+            continue
+        after = [] if node is segment.last else [each for each, _ in node.next_functions if each is not None]
+        if not known:
+            if node not in leads:
+                leads[node] = False
+                waiting += [(node, True), *((each, False) for each in after if each not in leads)]
+            continue
+        leads[node] = any(leads[each] for each in after)
+        if getattr(getattr(node, "_forward_cls", None), "is_probe", False):
+            calls[cast(Any, node).path] += 1
+            below = node.next_functions[0][0]
+            if below is not None and not leads[below]:
+                found.add(cast(Any, node).path)
+    return frozenset(path for path in found if calls[path] == 1)
 
 
 class _Arrived(Exception):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pcr_core
 from pcr_torch import PCR
 from pcr_torch.recorder import Recorder
-from pcr_torch.segments import segments
+from pcr_torch.segments import Segment, ends, segments
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
@@ -55,6 +55,20 @@ def test_layers_below_are_visited_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert visits.count("model.layers.1.mlp.up_proj") == 2
     assert visits.count("model.layers.1.self_attn.q_proj") == 1
     assert visits.count("model.layers.0.mlp.up_proj") == 1
+
+
+def test_of_the_lowest_blocks_only_the_sum_goes_on() -> None:
+    model = tiny_model("llama")
+    method = PCR(model, norms="fast")
+    ours = {id(p) for name, p in model.named_parameters() if "layers.1.mlp" in name}
+    logp = batch().logp(model)
+    found = [ends(segment, logp, ours) for segment in segments(logp) if ours & segment.probed]
+    in_whole = ends(Segment(None, None), logp, ours)
+    method.remove()
+    assert found == [{f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj")}]
+    assert found[0] <= in_whole
+    assert "model.layers.1.mlp.down_proj" not in in_whole
+    assert "lm_head" not in in_whole
 
 
 class Skipping(nn.Module):
