@@ -21,7 +21,7 @@ from pcr_jax.blocks import Blocks
 from pcr_jax.sharding import Axes, Layout
 
 _PART = 128
-_LANES = 1 << 14
+_LANES = (1 << 13) + 64  # no power of two, at which all terms of a lane would want the same lines of the first cache
 _AT_ONCE = 8  # terms of a lane that are read in a turn of the loop; with them, what a core's cache holds
 _RUN = 16  # turns that a lane adds before its sum is added to others: equal terms round alike in all lanes
 
