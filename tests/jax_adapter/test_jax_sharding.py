@@ -88,8 +88,8 @@ def test_the_loop_and_float64(norms: str, dtype: str, bound: float) -> None:
 
 @pytest.mark.slow
 def test_realistic_sizes() -> None:
-    for record in measure("fast", "float32", "realistic", ("data", "fsdp_tensor")).values():
-        assert {name: error for name, error in record["errors"].items() if not error <= 5e-6} == {}
+    for record in measure("fast", "float32", "realistic", ("data", "fsdp_tensor", "tensor")).values():
+        assert {name: error for name, error in record["errors"].items() if not error <= 1e-6} == {}
 
 
 def one_device_mesh(axis: str = "data") -> Mesh:
