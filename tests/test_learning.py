@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +113,32 @@ def test_a_killed_run_goes_on(tmp_path: Path):
     run_selection(experiment, tmp_path, tmp_path / "scratch", QUIET)
     assert ran == [0, 1, 1]
     assert [row.values["found"] for row in read_rows(path)] == [0.0, 1.0]
+
+
+def test_two_processes_share_the_jobs(tmp_path: Path):
+    """One is in its first job while the other comes, does the rest, and waits until the first has died."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    ran: list[int] = []
+
+    def logged(seeds: tuple[int, ...], choices: Choices | None) -> list[Job]:
+        def job(seed: int) -> dict[str, float]:
+            ran.append(seed)
+            if len(ran) == len(seeds) - 1:
+                other.kill()
+                other.wait()
+            return {"score": 1.0}
+
+        return [Job({"rate": 1, "seed": s}, lambda _, s=s: job(s)) for s in seeds]
+
+    experiment = replace(TOY, jobs=logged, selection_seeds=(0, 1, 2, 3))
+    first = experiment.jobs((0,), None)[0]
+    place = tmp_path / "scratch" / "toy" / "selection" / hashlib.sha256(first.key.encode()).hexdigest()[:16]
+    place.mkdir(parents=True)
+    (place / "process").write_text(str(other.pid))
+    run_selection(experiment, tmp_path, tmp_path / "scratch", QUIET)
+    assert ran == [1, 2, 3, 0]
+    assert len(read_rows(tmp_path / "selection.jsonl")) == 4
+    assert not any((tmp_path / "scratch" / "toy" / "selection").iterdir())
 
 
 def test_seeds_are_apart():

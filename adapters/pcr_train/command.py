@@ -25,7 +25,7 @@ from pcr_core import RULES
 from pcr_train import report, tasks
 from pcr_train.engine import load_engine
 from pcr_train.run import Interrupted, train
-from pcr_train.settings import FRAMEWORKS, Settings, make_settings
+from pcr_train.settings import FRAMEWORKS, PRECISIONS, Settings, make_settings
 
 HELP = """
 Train a language model with GRPO and a conflict rule on a verifiable task.
@@ -106,6 +106,10 @@ def run(
     micro_prompts: Annotated[
         int | None, typer.Option(help="Problems a forward pass; less needs less memory. [all of a step]")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help=f"{' or '.join(PRECISIONS)} matrix products; weights and statistics are float32. [float32]"),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest response, in tokens. [what the answers need]")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the sampled responses. [1]")] = None,
     heldout: Annotated[int | None, typer.Option(help="Held-out problems, measured before and after. [64]")] = None,
@@ -143,6 +147,7 @@ def run(
         "prompts": prompts,
         "generations": generations,
         "micro_prompts": micro_prompts,
+        "precision": precision,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "heldout": heldout,

@@ -13,6 +13,7 @@ EXTENDABLE = ("steps", "save_every")
 """Settings that may differ on --resume: they do not change the steps already taken."""
 
 FRAMEWORKS = ("torch", "jax")
+PRECISIONS = ("float32", "bfloat16")
 
 RULE_OPTIONS = ("alpha", "max_boost", "prior", "discount", "update", "gate", "conflict")
 
@@ -37,6 +38,7 @@ class Settings:
         prompts: problems a step.
         generations: responses to each problem.
         micro_prompts: problems a forward pass; None takes all. Less needs less memory.
+        precision: "float32", or "bfloat16" for matrix products (autocast); weights and statistics stay float32.
         max_tokens: longest response; None takes what the task's answers need, and two more.
         temperature: of the sampled responses.
         heldout: held-out problems, measured before and after.
@@ -68,6 +70,7 @@ class Settings:
     prompts: int = 4
     generations: int = 8
     micro_prompts: int | None = None
+    precision: str = "float32"
     max_tokens: int | None = None
     temperature: float = 1.0
     heldout: int = 64
@@ -87,6 +90,8 @@ class Settings:
                 f"--beta: expected a number > 0, got {self.beta}: without a KL term there is no stability gradient, so "
                 "nothing for a rule to resolve. For plain GRPO without KL use trl.GRPOTrainer"
             )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.generations < 2:
             raise ValueError(f"--generations: expected at least 2 (advantages compare them), got {self.generations}")
         for name in ("steps", "prompts", "max_tokens", "heldout", "samples", "save_every"):

@@ -43,7 +43,10 @@ def run(
     stage: Annotated[Stages, typer.Option(help="one stage only; all goes on with whatever is left")] = Stages.all,
     scratch: Annotated[Path, typer.Option(help="for partial work of unfinished jobs")] = Path("runs/learning"),
 ) -> None:
-    """Run the jobs that are not on record: selection, then (choices frozen) confirmation. Start it again if killed."""
+    """Run the jobs that are not on record: selection, then (choices frozen) confirmation.
+
+    Start it again if killed, and several times to use several cores: every job is taken by one process.
+    """
     console = Console(stderr=True)
     try:
         experiment = load(name)

@@ -299,6 +299,7 @@ def test_checkpoints_hold_bits_and_refuse_another_tree(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--model", "smollm2"], "--framework jax trains the built-in model tiny only, got 'smollm2'"),
+        (["--precision", "bfloat16"], "--framework jax trains in float32"),
         (["--granularity", "module"], "--granularity module: not with --framework jax"),
         (["--framework", "tensorflow"], "--framework: expected one of torch, jax, got 'tensorflow'"),
         (["--rule", "grpo"], "rule 'grpo' has no option 'alpha'"),

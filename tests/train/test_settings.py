@@ -19,6 +19,7 @@ from pcr_train.settings import Settings, make_settings
         ({"shots": -1}, "--shots"),
         ({"learning_rate": 0.0}, "--learning-rate"),
         ({"prompts": 4, "micro_prompts": 3}, "does not divide"),
+        ({"precision": "float16"}, "expected one of float32, bfloat16"),
     ],
 )
 def test_bad_settings_name_the_option(change: dict, message: str):

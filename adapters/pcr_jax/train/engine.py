@@ -44,6 +44,8 @@ class JaxEngine:
                 f"--model: --framework jax trains the built-in model tiny only, got {settings.model!r}; add --model "
                 "tiny, or use --framework torch. For a model of your own see pcr_jax.make_train_step"
             )
+        if settings.precision != "float32":
+            raise ValueError("--precision: --framework jax trains in float32; use --framework torch for bfloat16")
         if settings.granularity == "module":
             raise ValueError(
                 "--granularity module: not with --framework jax, where a block is a tensor, a layer or global"

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from pcr_torch.train import models
 from pcr_torch.train.answers import measuring, respond, text_nll
+from pcr_torch.train.scoring import completions_only
 from pcr_torch.train.trainer import make_trainer
 from pcr_torch.trl import PCRTrainer
 from pcr_train.progress import block_columns
@@ -67,7 +68,8 @@ class TorchEngine:
     ) -> int:
         assert self.trainer is not None
         self.trainer.add_callback(_StepCallback(self.trainer, on_step, stopping))
-        self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with completions_only():
+            self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return int(self.trainer.state.global_step)
 
 

@@ -64,7 +64,7 @@ def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        bf16=False,
+        bf16=settings.precision == "bfloat16",
         gradient_checkpointing=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,

@@ -59,7 +59,6 @@ SUITE = ModelSuite(
     settings,
     rules={**RULES, **PEERS},
     grid=Grid((1e-4, 3e-4, 1e-3), (0.02, 0.1, 0.5)),
-    cross=True,
     variants={
         **{
             f"fixed alpha {alpha}": Variant("PCR of the paper", {"rule": "fixed", "alpha": alpha})
@@ -78,12 +77,12 @@ EXPERIMENT = Experiment(
         f"{TARGET} for {STEPS} steps of {PROMPTS} prompts x 8 responses, the rule acting on the MLP matrices. Learned "
         f"is the mean reward of {SAMPLES} sampled responses to each of {HELDOUT} held-out problems of {TARGET}; kept "
         f"is the share of those problems of {KNOWN}, of 48, that were solved greedily before and still are; the score "
-        "is the mean of both. On the selection seeds every rule runs at each learning rate with the middle beta and at "
-        "each beta with the middle learning rate, and takes its best to the confirmation seeds. All runs start "
+        "is the mean of both. On the selection seeds every rule runs at each learning rate and "
+        "beta, and takes its best to the confirmation seeds. All runs start "
         "from one model; a seed fixes problems and random numbers, so rules are paired."
     ),
-    selection_seeds=(100,),
-    confirmation_seeds=(0, 1, 2),
+    selection_seeds=(100, 101, 102, 103),
+    confirmation_seeds=tuple(range(10, 30)),
     jobs=SUITE.jobs,
     choose=SUITE.choose,
     report=functools.partial(report, SUITE),
