@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from benchmarks.learning.experiment import Experiment
-from benchmarks.learning.language_model import RULES, ModelSuite
+from benchmarks.learning.language_model import RULES, ModelSuite, Variant
 from benchmarks.learning.language_model_report import report
 from benchmarks.learning.sweep import Grid
 from pcr_train.settings import Settings, make_settings
@@ -24,7 +24,14 @@ def settings(seed: int) -> Settings:
     return make_settings("smollm2", steps=STEPS, heldout=HELDOUT, samples=SAMPLES, precision="bfloat16", seed=seed)
 
 
-SUITE = ModelSuite(settings, rules=RULES, grid=Grid((4e-6, 8e-6, 1.6e-5), (0.01, 0.04, 0.16)), cross=True)
+SUITE = ModelSuite(
+    settings,
+    rules=RULES,
+    grid=Grid((4e-6, 8e-6, 1.6e-5), (0.01, 0.04, 0.16)),
+    cross=True,
+    # added once confirmation had been seen: that rule chose half of GRPO's learning rate, which by itself keeps more
+    variants={"GRPO at the choice of 1/2": Variant("constant 1/2, capped", RULES["GRPO"])},
+)
 
 EXPERIMENT = Experiment(
     "smollm2",
