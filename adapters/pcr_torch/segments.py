@@ -122,7 +122,7 @@ def ends(segment: Segment, output: Tensor, leaves: Collection[int]) -> frozenset
                 waiting += [(node, True), *((each, False) for each in after if each not in leads)]
             continue
         leads[node] = any(leads[each] for each in after)
-        if getattr(getattr(node, "_forward_cls", None), "is_probe", False):
+        if _is_probe(node):
             calls[cast(Any, node).path] += 1
             below = node.next_functions[0][0]
             if below is not None and not leads[below]:
@@ -176,7 +176,7 @@ def _in_order(output: Tensor) -> Iterator[_Step | None]:
             return
         separates = not waiting
         leaves: tuple[set[int], set[int]] = set(), set()
-        is_probe = getattr(getattr(node, "_forward_cls", None), "is_probe", False)  # its first input is the layer's
+        is_probe = _is_probe(node)  # its first input is the layer's
         for k, (after, _) in enumerate(node.next_functions):
             if after is None:
                 continue
@@ -190,6 +190,10 @@ def _in_order(output: Tensor) -> Iterator[_Step | None]:
                 seen.add(after)
                 heapq.heappush(waiting, (-after._sequence_nr(), len(seen), after))
         yield _Step(node, separates and bool(waiting), frozenset(leaves[0]), frozenset(leaves[1]))
+
+
+def _is_probe(node: Node) -> bool:
+    return bool(getattr(getattr(node, "_forward_cls", None), "is_probe", False))
 
 
 def lies_on_top(model: nn.Module, path: str) -> bool:

@@ -14,7 +14,7 @@ def completions_only() -> Iterator[None]:
     """Within it, TRL leaves the prompts' positions out of the head on a CPU as it does on a GPU.
 
     Elsewhere it scores all, for devices that compile anew for every shape. With short answers the prompts are most of
-    the head's work, a quarter of a step of SmolLM2 here. Should TRL rename its switch, runs are slower, nothing else.
+    the head's work. Should TRL rename its switch, runs are slower, nothing else.
     """
     switch = getattr(utils, "_use_triton", None)
     if switch is None:
