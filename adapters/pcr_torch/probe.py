@@ -71,9 +71,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
-class _Probe(torch.autograd.Function):
-    is_probe = True
+def is_probe(node: Any) -> bool:
+    """Whether a node of a graph hands a layer's gradient to a receiver; its inputs are the layer's, weight and bias."""
+    return getattr(node, "_forward_cls", None) is _Probe
 
+
+class _Probe(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, receiver: Receiver, path: str

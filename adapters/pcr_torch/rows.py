@@ -1,124 +1,202 @@
-"""Rows (tokens) in which the streams' gradients are one vector times two numbers, where one product serves both.
+"""Rows (tokens) of a graph's tensors that one log-probability alone depends on: there one pass serves both streams.
 
-A token's log-probability depends on what enters the head at that token alone, and so on down to the last attention.
-Above it, then, each row of the second stream's gradient is the first's, times the quotient of the token's two
-cotangents. That is not taken for granted but seen in every row: where the second is a multiple of the first up to
-rounding, its gradient at the layer's input is that multiple too, and no product with the weight is needed.
+A token's log-probability depends on what enters the head at that token, and so on down to the last attention. Above it,
+each row of a gradient is the cotangent of one log-probability times something. A backward pass of the streams' sum,
+c = w_p + w_s, gives what it gives as ever, and stream k's part of a row is w_k / c of it.
+
+That is read off the graph's operations, one by one, in autograd's order; the first that is not known to keep rows apart
+ends it. What leads to parameters alone needs no rows: they get the sum's gradient, as they should.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from pcr_torch.products import matrix_gradient
+from pcr_torch.probe import is_probe
 
-_PART = 1 << 18  # elements that stay in a core's cache
-_SMALL = 1e-24
-_SAFE = (1e-12, 1e18)  # norms whose squares float32 holds
+# fmt: off
+_ELEMENTWISE = {
+    "Abs", "Add", "Alias", "Clamp", "ClampMax", "ClampMin", "Clone", "Div", "Elu", "Erf", "Exp", "Exp2", "Expm1",
+    "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Log", "Log1P", "MaskedFill", "Maximum", "Minimum",
+    "Mish", "Mul", "NativeDropout", "Neg", "Pow", "Reciprocal", "Relu", "Rsqrt", "Rsub", "Sigmoid", "Silu",
+    "Softplus", "Sqrt", "Sub", "Tanh", "ToCopy", "Where",
+}
+_ALONG = {  # the dimensions that they save
+    "Amax", "Cat", "Gather", "LogSoftmax", "Logsumexp", "Mean", "Slice", "Softmax", "Split", "Sum",
+}
+# fmt: on
+_RESHAPING = {"ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"}
+_NORMALISING = {"NativeLayerNorm", "FusedRmsNorm"}
+_LINEAR = {"Addmm": 1, "Linear": 0, "Mm": 0}  # which of their inputs has rows
+_BY_ROWS = {("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")}
+
+Shape = tuple[int, ...]
+Below = Sequence[Tensor | None]
 
 
-@dataclass(frozen=True)
-class Multiples:
-    """Of a layer's output gradients `first` and `second`, row by row over all leading dimensions.
+class Rows:
+    """Follows the rows of log-probabilities down their graph.
 
-    Attributes:
-        first: (..., out) of the stream that came before.
-        second: (..., out).
-        factor: (rows,) at least float32; second = factor * first where alike.
-        alike: (rows,) whether that holds up to rounding; never where something is not finite.
-        missing: number of rows that are not.
+    Rows are a tensor of integers over a gradient's leading dimensions: the flat index of the log-probability that
+    depends on the row, or their number where none does.
+
+    Args:
+        output: (n, T) the log-probabilities.
     """
 
-    first: Tensor
-    second: Tensor
-    factor: Tensor
-    alike: Tensor
-    missing: int
+    def __init__(self, output: Tensor) -> None:
+        self._none, self._device = output.numel(), output.device
+        start = torch.arange(self._none, device=self._device).view(output.shape)
+        # of what comes to a node; None on the way to parameters
+        self._of: dict[Node, Tensor | None] = {cast(Node, output.grad_fn): start}
+        self._views: dict[tuple[int, Sequence[int]], Tensor] = {}
+        self.apart = True  # no operation was met so far that may mix rows
 
-    @classmethod
-    def of(cls, first: Tensor, second: Tensor) -> Multiples:
-        factor, alike = row_factors(first, second)
-        return cls(first, second, factor, alike, int((~alike).sum()))
+    def take(self, node: Node) -> Tensor | None:
+        """Of what comes to a node, to be called in autograd's order; None where there are none, or may be mixed."""
+        if not self.apart:
+            return None
+        rows = self._of.pop(node, None)
+        below: Below | None = [None] * len(node.next_functions)
+        if rows is not None:
+            below = self._below(node, rows)
+        elif is_probe(node):  # of a weight that a network has made
+            below = None
+        if below is None:
+            self.apart = False
+            return None
+        for (after, _), mine in zip(node.next_functions, below, strict=True):
+            if after is not None and not hasattr(after, "variable"):
+                self.apart &= self._of.setdefault(after, mine) is mine
+        return rows
 
-    def input_gradient(self, back: Callable[[Tensor], Tensor], carried: Tensor) -> Tensor:
-        """Of the second stream, at the layer's input.
+    def below(self, node: Node) -> tuple[Tensor, ...] | None:
+        """Of what a taken node gives, by its edges that lead on; None where some has none, and from there on."""
+        found = [self._of.get(after) for after, _ in node.next_functions if after is not None]
+        self.apart &= all(rows is not None for rows in found)
+        return cast(tuple[Tensor, ...], tuple(found)) if self.apart else None
 
-        Args:
-            back: dy -> dx for rows (k, out) -> (k, in), or any leading dimensions.
-            carried: dx of the first stream.
-        """
-        if self.missing > len(self.alike) // 2:
-            return back(self.second)
-        dx = (carried.reshape(-1, carried.shape[-1]) * self.factor[:, None]).to(carried.dtype)
-        if self.missing:
-            rows = (~self.alike).nonzero().squeeze(-1)
-            dx[rows] = back(self._second(rows))
-        return dx.view(carried.shape)
+    def _below(self, node: Any, rows: Tensor) -> Below | None:
+        """Of what the node gives, by edge; None where it may mix rows."""
+        shapes = [None if after is None else _shape(after, k) for after, k in node.next_functions]
+        first, lead, kind = shapes[0], rows.shape, node.name().rstrip("0123456789").removesuffix("Backward")
+        cls = getattr(node, "_forward_cls", None)
+        if cls is not None:  # written in Python, under any name
+            known = is_probe(node) or (cls.__module__, cls.__qualname__) in _BY_ROWS
+            return _through_matrix(rows, shapes, 0) if known else None
+        if kind in _LINEAR:
+            return _through_matrix(rows, shapes, _LINEAR[kind])
+        if kind in _ELEMENTWISE or (kind == "Cat" and shapes == [_shape(node, 0)]):
+            # broadcasting gives to several rows what has fewer dimensions, or a 1 among these
+            dims = len(_shape(node, 0))
+            return [rows if s is not None and len(s) == dims and _starts(s, lead) else None for s in shapes]
+        if kind in _NORMALISING:
+            within = first is None or len(node._saved_normalized_shape) <= len(first) - len(lead)
+            return [rows, *[None] * (len(shapes) - 1)] if within and _starts(first, lead) else None
+        if kind == "MaskedScatter":
+            return self._scattered(node, rows, shapes)
+        if first is None:
+            return None
+        if kind == "Slice" and node._saved_dim < len(lead):
+            return [self._sliced(node, rows, first)]
+        if kind in _ALONG:
+            within = all(dim >= len(lead) for dim in _dims(node, len(first)))
+            return [rows] * len(shapes) if within and all(_starts(s, lead) for s in shapes) else None
+        if kind in _RESHAPING:
+            return self._reshaped(rows, first)
+        if kind == "Index":
+            return self._indexed(node, rows, first)
+        return None
 
-    def weight_gradient(self, x: Tensor, *, transposed: bool) -> Tensor:
-        """Of both streams together, for the layer's input x (..., in); no sum of the two gradients is formed."""
-        x = x.reshape(-1, x.shape[-1])
-        if self.missing > len(self.alike) // 2:
-            return matrix_gradient(x, self.first + self.second, transposed=transposed)
-        both = torch.where(self.alike, 1 + self.factor, torch.ones_like(self.factor))[:, None]
-        gradient = matrix_gradient((x * both).to(x.dtype), self.first, transposed=transposed)
-        if self.missing:
-            rows = (~self.alike).nonzero().squeeze(-1)
-            left, right = (x[rows], self._second(rows)) if transposed else (self._second(rows), x[rows])
-            gradient.addmm_(left.T, right)
-        return gradient
+    def _reshaped(self, rows: Tensor, shape: Shape) -> Below | None:
+        """Elements keep their order, and so do rows where some leading dimensions are as many."""
+        if _starts(shape, rows.shape):
+            return [rows]
+        for k in range(1, len(shape) + 1):
+            if math.prod(shape[:k]) == rows.numel():
+                # ways that part and meet have to find one and the same tensor
+                self._views.setdefault((rows.data_ptr(), rows.shape), rows)
+                return [self._views.setdefault((rows.data_ptr(), shape[:k]), rows.view(shape[:k]))]
+        return None
 
-    def _second(self, rows: Tensor) -> Tensor:
-        return self.second.reshape(-1, self.second.shape[-1])[rows]
+    def _sliced(self, node: Any, rows: Tensor, shape: Shape) -> Tensor:
+        start, end = (_signed(bound) for bound in (node._saved_start, node._saved_end))
+        whole = self._nowhere(shape[: rows.ndim])
+        whole[(slice(None),) * node._saved_dim + (slice(start, end, node._saved_step),)] = rows
+        return whole
 
+    def _indexed(self, node: Any, rows: Tensor, shape: Shape) -> Below | None:
+        """Rows that a mask has chosen."""
+        mask = node._saved_indices[0]
+        if len(node._saved_indices) > 1 or mask is None or mask.dtype != torch.bool or rows.ndim != 1:
+            return None
+        whole = self._nowhere(shape[: mask.ndim])
+        whole[mask] = rows
+        return [whole]
 
-def row_factors(p: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows,) numbers c and whether s = c p there up to rounding; never where something is not finite."""
-    p, s = p.reshape(-1, p.shape[-1]), s.reshape(-1, s.shape[-1])
-    tolerance = torch.finfo(s.dtype).eps * (2 if s.dtype in (torch.float16, torch.bfloat16) else 16)
-    step = max(1, _PART // p.shape[1]) if p.device.type == "cpu" else len(p)
-    wide = torch.promote_types(p.dtype, torch.float32)
-    scratch = torch.empty(min(step, len(p)), p.shape[1], dtype=wide, device=p.device)
-    found = [
-        _factors(a.to(wide), b.to(wide), tolerance, scratch[: len(a)])
-        for a, b in zip(torch.split(p, step), torch.split(s, step))
-    ]
-    factor, alike, unsure = (torch.cat(parts) for parts in zip(*found, strict=True))
-    rows = unsure.nonzero().squeeze(-1)
-    if len(rows):
-        factor[rows], alike[rows] = _scaled_factors(p[rows].to(wide), s[rows].to(wide), tolerance)
-    return factor, alike
+    def _scattered(self, node: Any, rows: Tensor, shapes: Sequence[Shape | None]) -> Below | None:
+        """One number a row, where a mask has put them."""
+        mask, (onto, source) = node._saved_mask, shapes
+        if mask.shape != rows.shape or list(rows.shape) != list(_shape(node, 0)) or source is None:
+            return None
+        whole, chosen = self._nowhere((math.prod(source),)), rows[mask]
+        whole[: len(chosen)] = chosen
+        return [None if onto is None else rows, whole.view(source)]
 
-
-def _factors(p: Tensor, s: Tensor, tolerance: float, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors, whether they hold, and rows whose squares float32 may not hold, of which nothing is said."""
-    # both sums in one order: where one element outweighs all others a norm loses digits that the product keeps
-    squares = torch.mul(p, p, out=scratch).sum(dim=1)
-    factor = torch.mul(p, s, out=scratch).sum(dim=1) / squares
-    p_norm, s_norm = squares.sqrt(), torch.linalg.vector_norm(s, dim=1)
-    rest = torch.linalg.vector_norm(torch.addcmul(s, factor[:, None], p, value=-1, out=scratch), dim=1)
-    sure = (p_norm > _SAFE[0]) & (p_norm < _SAFE[1]) & (s_norm > _SAFE[0]) & (s_norm < _SAFE[1])
-    return factor, sure & (rest <= tolerance * s_norm), ~sure
+    def _nowhere(self, shape: Sequence[int]) -> Tensor:
+        return torch.full(tuple(shape), self._none, device=self._device)
 
 
-def _scaled_factors(p: Tensor, s: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    p, p_scale = _unit(p)
-    s, s_scale = _unit(s)
-    cosine = (p * s).sum(dim=1, keepdim=True) / (p * p).sum(dim=1, keepdim=True).clamp_min(1)
-    rest = torch.addcmul(s, cosine, p, value=-1)
-    alike = torch.linalg.vector_norm(rest, dim=1) <= tolerance * torch.linalg.vector_norm(s, dim=1)
-    factor = (cosine * (s_scale / p_scale)).squeeze(1)
-    # what the first stream carried down has all its digits, and the second's will have them
-    whole = (p_scale.squeeze(1) > _SMALL) & (factor.abs() > _SMALL) | (cosine.squeeze(1) == 0)
-    return factor, alike & whole & torch.isfinite(factor)
+def row_shares(cotangents: Sequence[Tensor]) -> Tensor | None:
+    """(streams, n * T + 1) each stream's share of the sum's rows, by what `Rows` calls them.
+
+    None where cotangents cancel to 0, of which the sum says nothing, and of one stream.
+    """
+    if len(cotangents) == 1:
+        return None
+    parts = torch.stack([c.reshape(-1) for c in cotangents])
+    total = sum(cotangents[1:], start=cotangents[0]).reshape(-1)
+    if ((total == 0) & (parts != 0).any(dim=0)).any():
+        return None
+    wide = torch.promote_types(total.dtype, torch.float32)
+    shares = torch.where(total == 0, 0.0, parts.to(wide) / total.to(wide))
+    return torch.cat([shares, shares.new_zeros(len(parts), 1)], dim=1)
 
 
-def _unit(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows over their largest element, and that; of float32 the squares could vanish."""
-    largest = t.abs().amax(dim=1, keepdim=True)
-    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-    return t / scale, scale
+def share_of(gradient: Tensor, shares: Tensor) -> Tensor:
+    """A stream's part of a gradient, for its shares of the leading dimensions."""
+    return (gradient * shares.view(*shares.shape, *[1] * (gradient.ndim - shares.ndim))).to(gradient.dtype)
+
+
+def _through_matrix(rows: Tensor, shapes: Sequence[Shape | None], k: int) -> Below | None:
+    """Of a product of input number `k` with what is the same for all rows; it mixes the last dimension."""
+    shape = shapes[k]
+    if shape is not None and (not _starts(shape, rows.shape) or len(shape) == rows.ndim):
+        return None
+    return [rows if j == k else None for j in range(len(shapes))]
+
+
+def _shape(node: Any, index: int) -> Shape:
+    """Of a gradient that comes to a node."""
+    return tuple(node._input_metadata[index].shape)
+
+
+def _starts(shape: Shape | None, lead: Sequence[int]) -> bool:
+    return shape is None or shape[: len(lead)] == tuple(lead)
+
+
+def _signed(number: int) -> int:
+    """Of what is shown as unsigned."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _dims(node: Any, count: int) -> list[int]:
+    saved = getattr(node, "_saved_dim", 0)  # 0: all of them
+    saved = (0,) if saved is None else saved if isinstance(saved, tuple) else (saved,)
+    return [_signed(dim) % count for dim in saved]

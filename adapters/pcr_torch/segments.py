@@ -14,13 +14,28 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+
+from pcr_torch.probe import is_probe
+from pcr_torch.rows import Rows
+
+
+@dataclass(frozen=True)
+class Use:
+    """A node whose gradient number `k` is part of a leaf's."""
+
+    node: Node
+    k: int
+
+    @property
+    def leaf(self) -> Tensor:
+        return cast(Tensor, cast(Any, self.node.next_functions[self.k][0]).variable)
 
 
 @dataclass(frozen=True)
@@ -30,14 +45,18 @@ class Segment:
     Attributes:
         roots: where it starts; None for the output itself.
         last: the node that it ends with; None where it goes down to the leaves.
-        leaves: ids of the tensors whose gradient autograd accumulates in this segment.
-        probed: ids of those whose gradient a probe can take.
+        leaves: ids of the tensors whose gradient it has a part of.
+        crossing: its uses of those that later segments use too.
+        rows: of the gradients that come to probed layers, by their names, see `Rows`; None where rows may be mixed.
+        below: rows of the gradients at the next segment's roots.
     """
 
     roots: tuple[GradientEdge, ...] | None
     last: Node | None
     leaves: frozenset[int] = frozenset()
-    probed: frozenset[int] = frozenset()
+    crossing: tuple[Use, ...] = ()
+    rows: Mapping[str, Tensor] | None = None
+    below: tuple[Tensor, ...] = ()
 
 
 def whole() -> tuple[Segment, ...]:
@@ -48,29 +67,40 @@ def whole() -> tuple[Segment, ...]:
 def segments(output: Tensor) -> tuple[Segment, ...]:
     """The segments of output's graph from the top; a single one, to the leaves, where it cannot be divided."""
     found: list[Segment] = []
+    uses: list[list[Use]] = [[]]
+    rows = Rows(output)
+    arriving: dict[str, Tensor] = {}
     roots: tuple[GradientEdge, ...] | None = None
-    leaves: set[int] = set()
-    probed: set[int] = set()
-    awaited: set[int] = set()
     worth_it = False
     for step in _in_order(output):
         if step is None:
             return whole()
-        leaves |= step.leaves
-        probed |= step.probed
+        mine = rows.take(step.node)
+        if mine is not None and is_probe(step.node):
+            arriving[cast(Any, step.node).path] = mine
+        uses[-1] += step.uses
         # what takes memory, and may take both streams, is in functions written in Python: probes, checkpointed layers
         worth_it |= hasattr(step.node, "_forward_cls")
         if step.separates and worth_it:
-            # autograd accumulates a leaf's gradient once all its uses have been seen, and a segment sees only its own
-            if awaited & (leaves | probed):
-                return whole()
-            awaited |= leaves
-            found.append(Segment(roots, step.node, frozenset(leaves), frozenset(probed)))
+            below = rows.below(step.node)
+            found.append(Segment(roots, step.node, rows=None if below is None else arriving, below=below or ()))
             roots = tuple(GradientEdge(after, k) for after, k in step.node.next_functions if after is not None)
-            leaves, probed, worth_it = set(), set(), False
-    if awaited & (leaves | probed):
-        return whole()
-    return (*found, Segment(roots, None, frozenset(leaves), frozenset(probed)))
+            uses, arriving, worth_it = [*uses, []], {}, False
+    found.append(Segment(roots, None, rows=arriving if rows.apart else None))
+    return _with_uses(found, uses)
+
+
+def _with_uses(chain: Sequence[Segment], uses: Sequence[Sequence[Use]]) -> tuple[Segment, ...]:
+    later: set[int] = set()
+    found: list[Segment] = []
+    for segment, mine in zip(reversed(chain), reversed(uses), strict=True):
+        crossing = tuple(use for use in mine if id(use.leaf) in later)
+        if any(use.leaf._backward_hooks for use in crossing):
+            return whole()  # a hook is run on all of a gradient
+        leaves = frozenset(id(use.leaf) for use in mine)
+        later |= leaves
+        found.append(replace(segment, leaves=leaves, crossing=crossing))
+    return tuple(reversed(found))
 
 
 def back(segment: Segment, output: Tensor, gradients: Sequence[Tensor], *, keep: bool) -> list[Tensor]:
@@ -92,14 +122,17 @@ def back(segment: Segment, output: Tensor, gradients: Sequence[Tensor], *, keep:
     def arrive(found: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
         raise _Arrived(found)
 
-    hook = segment.last.register_hook(arrive)
+    # autograd waits for all uses of a leaf, of which a segment sees its own
+    hooks = [use.node.register_hook(_accumulate(use)) for use in segment.crossing]
+    hooks.append(segment.last.register_hook(arrive))
     try:
         torch.autograd.backward(roots, list(gradients), retain_graph=keep)
     except _Arrived as arrived:
         edges = segment.last.next_functions
         return [_or_zeros(g, edge) for g, edge in zip(arrived.found, edges, strict=True) if edge[0] is not None]
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     raise RuntimeError("a backward pass did not arrive at the end of its segment")
 
 
@@ -122,7 +155,7 @@ def ends(segment: Segment, output: Tensor, leaves: Collection[int]) -> frozenset
                 waiting += [(node, True), *((each, False) for each in after if each not in leads)]
             continue
         leads[node] = any(leads[each] for each in after)
-        if _is_probe(node):
+        if is_probe(node):
             calls[cast(Any, node).path] += 1
             below = node.next_functions[0][0]
             if below is not None and not leads[below]:
@@ -136,6 +169,16 @@ class _Arrived(Exception):
     def __init__(self, found: Sequence[Tensor | None]) -> None:
         super().__init__("a segment's backward pass is over")
         self.found = found
+
+
+def _accumulate(use: Use) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], None]:
+    def add(found: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
+        leaf, gradient = use.leaf, found[use.k]
+        if gradient is not None:
+            gradient = gradient.sum_to_size(leaf.shape).to(leaf.dtype)
+            leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad + gradient
+
+    return add
 
 
 def _or_zeros(gradient: Tensor | None, edge: tuple[Node | None, int]) -> Tensor:
@@ -152,14 +195,12 @@ class _Step:
     Attributes:
         node: which.
         separates: nothing but what it leads to is left to do, and that is not a leaf.
-        leaves: ids of the leaves whose gradient it gives.
-        probed: those of them that it gives as a probe.
+        uses: of leaves.
     """
 
     node: Node
     separates: bool
-    leaves: frozenset[int]
-    probed: frozenset[int]
+    uses: tuple[Use, ...]
 
 
 def _in_order(output: Tensor) -> Iterator[_Step | None]:
@@ -175,13 +216,12 @@ def _in_order(output: Tensor) -> Iterator[_Step | None]:
             yield None
             return
         separates = not waiting
-        leaves: tuple[set[int], set[int]] = set(), set()
-        is_probe = _is_probe(node)  # its first input is the layer's
+        uses: list[Use] = []
         for k, (after, _) in enumerate(node.next_functions):
             if after is None:
                 continue
             if hasattr(after, "variable"):
-                leaves[is_probe and k > 0].add(id(after.variable))
+                uses.append(Use(node, k))
                 separates = False
             elif after._sequence_nr() >= node._sequence_nr():
                 yield None
@@ -189,23 +229,4 @@ def _in_order(output: Tensor) -> Iterator[_Step | None]:
             elif after not in seen:
                 seen.add(after)
                 heapq.heappush(waiting, (-after._sequence_nr(), len(seen), after))
-        yield _Step(node, separates and bool(waiting), frozenset(leaves[0]), frozenset(leaves[1]))
-
-
-def _is_probe(node: Node) -> bool:
-    return bool(getattr(getattr(node, "_forward_cls", None), "is_probe", False))
-
-
-def lies_on_top(model: nn.Module, path: str) -> bool:
-    """Whether a module lies in the last layer of a stack or outside of it; true without a ModuleList."""
-    for start, stack in _stacks(model):
-        if path.startswith(start):
-            return int(path[len(start) :].partition(".")[0]) == len(stack) - 1
-    return True
-
-
-def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Every ModuleList, the outer ones first, with what the names of its elements begin with."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            yield f"{path}." if path else "", module
+        yield _Step(node, separates and bool(waiting), tuple(uses))

@@ -27,8 +27,7 @@ def test_segments_end_at_the_residual_stream(architecture: str) -> None:
     ends = [segment.last.name() for segment in chain if segment.last is not None]
     assert len(ends) >= 2 * len(model.get_submodule("model.layers" if architecture != "gpt2" else "transformer.h"))
     assert all("Add" in name for name in ends[1:])  # the first is the head's
-    held = [segment.leaves | segment.probed for segment in chain]
-    assert set().union(*held) == {id(parameter) for parameter in model.parameters()}
+    assert set().union(*(segment.leaves for segment in chain)) == {id(parameter) for parameter in model.parameters()}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
@@ -41,20 +40,28 @@ def test_streams_merge_below_the_lowest_block(architecture: str) -> None:
     assert_gradients_close(fast_grads, loop_grads, 1e-4)
 
 
-def test_layers_below_are_visited_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "visits"),
+    [(r"layers\.1\.mlp", {"layers.1.mlp": 1, "layers.1.self_attn": 1, "layers.0.mlp": 1, "layers.0.self_attn": 1}),
+     (r"layers\.0\.mlp", {"layers.1.mlp": 1, "layers.1.self_attn": 2, "layers.0.mlp": 2, "layers.0.self_attn": 1})],
+)  # fmt: skip
+def test_two_passes_only_between_the_last_attention_and_the_lowest_block(
+    blocks: str, visits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = tiny_model("llama"), batch()
-    visits: list[str] = []
+    visited: list[str] = []
     arrived = Recorder.arrived
 
     def counted(self: Recorder, path: str, *args: Any) -> Any:
-        visits.append(path)
+        visited.append(path)
         return arrived(self, path, *args)
 
     monkeypatch.setattr(Recorder, "arrived", counted)
-    pull(model, data, "fast", blocks=r"layers\.1\.mlp")
-    assert visits.count("model.layers.1.mlp.up_proj") == 2
-    assert visits.count("model.layers.1.self_attn.q_proj") == 1
-    assert visits.count("model.layers.0.mlp.up_proj") == 1
+    pull(model, data, "fast", blocks=blocks)
+    assert visited.count("lm_head") == 1
+    for part, count in visits.items():
+        layers = {path for path in visited if path.startswith(f"model.{part}.")}
+        assert {visited.count(path) for path in layers} == {count}, part
 
 
 def test_of_the_lowest_blocks_only_the_sum_goes_on() -> None:
@@ -62,7 +69,7 @@ def test_of_the_lowest_blocks_only_the_sum_goes_on() -> None:
     method = PCR(model, norms="fast")
     ours = {id(p) for name, p in model.named_parameters() if "layers.1.mlp" in name}
     logp = batch().logp(model)
-    found = [ends(segment, logp, ours) for segment in segments(logp) if ours & segment.probed]
+    found = [ends(segment, logp, ours) for segment in segments(logp) if ours & segment.leaves]
     in_whole = ends(Segment(None, None), logp, ours)
     method.remove()
     assert found == [{f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj")}]
@@ -86,17 +93,6 @@ class Skipping(nn.Module):
         for layer in self.layers:
             hidden = torch.tanh(layer(hidden) + first)
         out: Tensor = self.head(hidden)
-        return out
-
-
-class Sharing(Skipping):
-    """One norm for all layers: its gradient has parts from several segments."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embed(tokens)
-        for layer in self.layers:
-            hidden = torch.tanh(layer(self.norm(hidden)))
-        out: Tensor = self.head(self.norm(hidden))
         return out
 
 
@@ -143,14 +139,49 @@ def logp_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 
-@pytest.mark.parametrize("kind", [Skipping, Sharing, Ahead])
+@pytest.mark.parametrize("kind", [Skipping, Ahead])
 def test_what_crosses_the_layers_is_seen(kind: type[Skipping]) -> None:
     torch.manual_seed(0)
     model = kind()
     logp = logp_of(model, torch.randint(31, (6, 5)))
     blocks = {id(layer.weight) for layer in model.layers}
-    assert sum(bool(blocks & (segment.leaves | segment.probed)) for segment in segments(logp)) <= 1
+    assert sum(bool(blocks & segment.leaves) for segment in segments(logp)) <= 1
     assert_fast_equals_loop(model)
+
+
+class Sharing(Skipping):
+    """One norm for all layers: its gradient has parts from several segments."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden = torch.tanh(layer(self.norm(hidden)))
+        out: Tensor = self.head(self.norm(hidden))
+        return out
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+def test_what_several_segments_use_gets_all_its_parts(hooked: bool) -> None:
+    torch.manual_seed(0)
+    model = Sharing()
+    if hooked:  # autograd's to run
+        for parameter in model.norm.parameters():
+            parameter.register_hook(lambda gradient: 2 * gradient)
+    method = PCR(model, blocks=r"layers\.\d.weight", norms="fast")
+    chain = segments(logp_of(model, torch.randint(31, (6, 5))))
+    method.remove()
+    assert len(chain) == (1 if hooked else 4)
+    shared = {id(parameter) for parameter in model.norm.parameters()}
+    assert {id(use.leaf) for segment in chain for use in segment.crossing} == (set() if hooked else shared)
+    tokens, cotangents = torch.randint(31, (6, 5)), torch.randn(2, 6, 4)
+    logp_of(model, tokens).backward(cotangents.sum(0))
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    method = PCR(model, blocks=r"layers\.\d.weight", norms="fast", rule=pcr_core.GRPO())
+    ids = torch.tensor([0, 0, 0, 1, 1, 1])
+    method.accumulate_cotangents(logp_of(model, tokens), cotangents[0], cotangents[1], group_ids=ids)
+    method.resolve()
+    assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-5)
 
 
 def test_segments_that_end_in_several_shapes_or_without_a_gradient() -> None:
