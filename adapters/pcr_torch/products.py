@@ -10,7 +10,7 @@ other way round, by how the weight is stored). Two ways, chosen by a count of op
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +146,7 @@ def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[i
     n, height, width = left.shape[0], left.shape[2], right.shape[2]
     step = max(_LANES, _TILE // width // _LANES * _LANES)
     totals = [torch.empty(height, width, dtype=left.dtype) for _ in factors]
-    scratch = torch.empty(2, len(factors), step, width, dtype=left.dtype)
+    scratch = torch.empty(2, len(factors), min(step, height), width, dtype=left.dtype)
     columns = [right.unbind() for _, right in factors]
     bunch = math.gcd(height, step, 1 << max(0, (_DOT // width).bit_length() - 1))  # rows of the tile in one product
     by_row = np.empty((n + len(strata), len(pairs), step // bunch), dtype=scratch.numpy().dtype)
@@ -154,21 +154,21 @@ def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[i
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         lefts = [left[:, :, rows].mT.unbind() for left, _ in factors]
-        tiles = [total[rows] for total in totals]
-        summed, one = scratch[:, :, : len(tiles[0])]
-        dots = by_row[:, :, : len(tiles[0]) // bunch]
+        total, summed, one = (_Tile(t) for t in ([t[rows] for t in totals], *scratch[:, :, : rows.stop - start]))
+        dots = by_row[:, :, : (rows.stop - start) // bunch]
         turn = iter(dots)
         for q, members in enumerate(strata):
+            stratum = summed if q else total
             for k, i in enumerate(members):
-                held = one if k else summed
-                for stream, gradient in enumerate(held):
+                held = one if k else stratum
+                for stream, gradient in enumerate(held.tensors):
                     torch.mm(lefts[stream][i], columns[stream][i], out=gradient)
-                _dots(held.numpy(), bunch, next(turn))
+                held.dots(next(turn))
                 if k:
-                    _add_to(summed, one)
-            _dots(summed.numpy(), bunch, next(turn))
-            for tile, part in zip(tiles, summed, strict=True):
-                _add_to(tile, part) if q else tile.copy_(part)
+                    stratum.add(one)
+            stratum.dots(next(turn))
+            if q:
+                total.add(stratum)
         sums += dots.sum(axis=-1, dtype=np.float64)
     # in the order of the loop: the responses of a stratum, then the stratum
     places = [i for q, members in enumerate(strata) for i in (*members, n + q)]
@@ -177,19 +177,24 @@ def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[i
     return Products(totals, found[:, :n], found[:, n:])
 
 
-@np.errstate(all="ignore")  # what is not finite stays so, and is seen by whoever resolves
-def _add_to(total: Tensor, part: Tensor) -> None:
-    """By NumPy, which is the faster on what lies in the cache."""
-    np.add(total.numpy(), part.numpy(), out=total.numpy())
+class _Tile:
+    """Rows (rows, columns) of each stream's gradient; NumPy is the faster on what lies in the cache."""
 
+    def __init__(self, gradients: Iterable[Tensor]) -> None:
+        self.tensors = list(gradients)
+        self._arrays = [t.numpy() for t in self.tensors]
 
-@np.errstate(all="ignore")
-def _dots(gradients: Any, bunch: int, into: Any) -> None:
-    """PAIRS of (streams, rows, columns), `bunch` rows by `bunch` rows, into (pairs, rows / bunch)."""
-    gradients = gradients.reshape(len(gradients), into.shape[-1], bunch * gradients.shape[-1])
-    if len(gradients) == 2:  # P.S first: it brings both into the cache
-        np.vecdot(gradients[0], gradients[1], out=into[2])
-    np.vecdot(gradients, gradients, out=into[: len(gradients)])
+    @np.errstate(all="ignore")  # what is not finite stays so, and is seen by whoever resolves
+    def add(self, other: _Tile) -> None:
+        for mine, more in zip(self._arrays, other._arrays, strict=True):
+            np.add(mine, more, out=mine)
+
+    @np.errstate(all="ignore")
+    def dots(self, into: Any) -> None:
+        """PAIRS over bunches of rows, as many as `into` (pairs, bunches) has."""
+        streams = [a.reshape(into.shape[-1], -1) for a in self._arrays]
+        for k, (a, b) in reversed(list(enumerate(PAIRS[len(streams)]))):  # P.S first: it brings both into the cache
+            np.vecdot(streams[a], streams[b], out=into[k])
 
 
 def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]], workspace: int) -> Products:
