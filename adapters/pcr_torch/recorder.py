@@ -102,7 +102,8 @@ class Recorder:
             lowest = max(k for k, each in enumerate(held) if ours & each)
             self._lowest = ends(chain[lowest], logp, ours)
         streams = [[cotangent] for cotangent in cotangents]
-        shares = None if chain[0].rows is None else row_shares(cotangents)
+        # a hook on logp may make anything of a cotangent
+        shares = None if chain[0].rows is None or logp._backward_hooks else row_shares(cotangents)
         if shares is not None:
             streams = _sum(streams)
         for k, segment in enumerate(chain):
@@ -145,8 +146,12 @@ class Recorder:
             self._refuse_unmeasurable(path, x, again)
         if self._pass == "keep" and not again:
             self._kept[path] = dy
-            to_input = wanted[0] and path not in self._lowest
-            return _input_gradient(dy, weight, transposed) if to_input else None, None, None
+            if not wanted[0]:
+                return None, None, None
+            if path not in self._lowest:
+                return _input_gradient(dy, weight, transposed), None, None
+            # zeros and not None, with which hooks below would be called
+            return dy.new_zeros(*dy.shape[:-1], weight.shape[0 if transposed else 1]), None, None
         kept = None if again else self._kept.pop(path, None)
         dys = (dy,) if kept is None else (kept, dy)
         dx = None
@@ -214,7 +219,7 @@ def _outside(
         assert x is not None
         weight = matrix_gradient(x, _total(dys), transposed=transposed)
     if "bias" in left:
-        bias = _total([dy.sum(dim=tuple(range(dy.ndim - 1))) for dy in dys])
+        bias = _total([dy.reshape(-1, dy.shape[-1]).sum(dim=0) for dy in dys])
     return weight, bias
 
 

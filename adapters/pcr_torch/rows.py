@@ -5,7 +5,8 @@ each row of a gradient is the cotangent of one log-probability times something. 
 c = w_p + w_s, gives what it gives as ever, and stream k's part of a row is w_k / c of it.
 
 That is read off the graph's operations, one by one, in autograd's order; the first that is not known to keep rows apart
-ends it. What leads to parameters alone needs no rows: they get the sum's gradient, as they should.
+ends it, and so does float16, in which a sum of cotangents that nearly cancel could vanish. What leads to parameters
+alone needs no rows: they get the sum's gradient, as they should. Hooks on activations are not seen in a graph.
 """
 
 from __future__ import annotations
@@ -66,13 +67,13 @@ class Rows:
         below: Below | None = [None] * len(node.next_functions)
         if rows is not None:
             below = self._below(node, rows)
-        elif is_probe(node):  # of a weight that a network has made
+        elif hasattr(node, "_forward_cls"):  # layers inside, on the way to a weight that they make
             below = None
         if below is None:
             self.apart = False
             return None
         for (after, _), mine in zip(node.next_functions, below, strict=True):
-            if after is not None and not hasattr(after, "variable"):
+            if after is not None and not is_leaf(after):
                 self.apart &= self._of.setdefault(after, mine) is mine
         return rows
 
@@ -84,6 +85,8 @@ class Rows:
 
     def _below(self, node: Any, rows: Tensor) -> Below | None:
         """Of what the node gives, by edge; None where it may mix rows."""
+        if any(into.dtype == torch.float16 for into in node._input_metadata):
+            return None
         shapes = [None if after is None else _shape(after, k) for after, k in node.next_functions]
         first, lead, kind = shapes[0], rows.shape, node.name().rstrip("0123456789").removesuffix("Backward")
         cls = getattr(node, "_forward_cls", None)
@@ -147,10 +150,15 @@ class Rows:
             return None
         whole, chosen = self._nowhere((math.prod(source),)), rows[mask]
         whole[: len(chosen)] = chosen
-        return [None if onto is None else rows, whole.view(source)]
+        return [rows if onto == tuple(rows.shape) else None, whole.view(source)]
 
     def _nowhere(self, shape: Sequence[int]) -> Tensor:
         return torch.full(tuple(shape), self._none, device=self._device)
+
+
+def is_leaf(node: Any) -> bool:
+    """Whether a node accumulates a tensor's gradient; functions written in Python may have any attributes."""
+    return hasattr(node, "variable") and not hasattr(node, "_forward_cls")
 
 
 def row_shares(cotangents: Sequence[Tensor]) -> Tensor | None:
@@ -191,9 +199,9 @@ def _starts(shape: Shape | None, lead: Sequence[int]) -> bool:
     return shape is None or shape[: len(lead)] == tuple(lead)
 
 
-def _signed(number: int) -> int:
-    """Of what is shown as unsigned."""
-    return number - (1 << 64) if number >= 1 << 63 else number
+def _signed(number: Any) -> Any:
+    """Of what is shown as unsigned, if it is there."""
+    return number - (1 << 64) if number is not None and number >= 1 << 63 else number
 
 
 def _dims(node: Any, count: int) -> list[int]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from pcr_torch.probe import is_probe
-from pcr_torch.rows import Rows
+from pcr_torch.rows import Rows, is_leaf
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def ends(segment: Segment, output: Tensor, leaves: Collection[int]) -> frozenset
     waiting = [(cast(Node, node), False) for node in starts]
     while waiting:
         node, known = waiting.pop()
-        if hasattr(node, "variable"):
-            leads[node] = id(node.variable) in leaves
+        if is_leaf(node):
+            leads[node] = id(cast(Any, node).variable) in leaves
             continue
         after = [] if node is segment.last else [each for each, _ in node.next_functions if each is not None]
         if not known:
@@ -220,7 +220,7 @@ def _in_order(output: Tensor) -> Iterator[_Step | None]:
         for k, (after, _) in enumerate(node.next_functions):
             if after is None:
                 continue
-            if hasattr(after, "variable"):
+            if is_leaf(after):
                 uses.append(Use(node, k))
                 separates = False
             elif after._sequence_nr() >= node._sequence_nr():

@@ -14,6 +14,7 @@ from problems import ARCHITECTURES, batch, tiny_model
 from test_pullback import assert_gradients_close, assert_statistics_close, pull
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -25,6 +26,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+import pcr_core
 from pcr_torch import PCR
 from pcr_torch.probe import install, layout, remove
 from pcr_torch.rows import row_shares
@@ -225,6 +227,7 @@ MIXING: dict[str, Step] = {
     "made positions": lambda p, x: x + torch.tanh(p.linear(p.matrix)) if x.shape[1] == x.shape[2] else x.flip(1),
     "made for a response": lambda p, x: x * p.linear(p.start[:, :1]),
     "made in parts": lambda p, x: (x[..., None] * p.linear(p.start)).sum(-1) if len({*x.shape}) == 1 else x.flip(0),
+    "a number from a function": lambda p, x: x + checkpoint(p.layers[-1], 2.0 * p.start, use_reentrant=True).mean(),
     "misnamed": lambda p, x: Mul.apply(x),  # type: ignore[no-untyped-call]
     "scaled by all": lambda p, x: p.start * x.mean(),
 }
@@ -242,7 +245,21 @@ class Mul(torch.autograd.Function):
         return grad_outputs[0].flip(1)
 
 
-EITHER: dict[str, Step] = {  # by the sizes
+class Leafy(torch.autograd.Function):
+    """With what tells autograd's leaves from other nodes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.variable = x
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return 2.0 * grad_outputs[0]
+
+
+EITHER: dict[str, Step] = {  # by the sizes, or with more care than is taken
+    "like a leaf": lambda p, x: Leafy.apply(x),  # type: ignore[no-untyped-call]
     "misread": lambda p, x: _norm(x.reshape(x.shape[::-1])).reshape(x.shape),
     "renamed": lambda p, x: torch.tanh(x.reshape(x.shape[1], x.shape[0], -1)).reshape(x.shape),
 }
@@ -257,6 +274,8 @@ ENDS: dict[str, Step] = {
     "features": lambda p, x: p.linear(x)[:, 0],
     "masked": lambda p, x: torch.zeros(p.mask.shape).masked_scatter(p.mask, p.linear(x[p.mask]).sum(-1)),
     "filled": lambda p, x: x.sum(-1).masked_fill(p.mask, 0.0),
+    "open slice": lambda p, x: torch.ops.aten.slice.Tensor(x, 1, None, None).sum(-1),
+    "scattered onto one row": lambda p, x: x[:1, :, 0].masked_scatter(p.mask, x[p.mask].sum(-1)),
     "chosen twice": lambda p, x: x.flatten(0, 1)[torch.zeros(x[..., 0].numel(), dtype=torch.int64)].sum(-1)[None],
     "through layers": lambda p, x: p.linear(torch.tanh(p.linear(torch.tanh(x.sum(1))))),
 }
@@ -328,6 +347,65 @@ def test_what_keeps_rows_apart_is_claimed(end: str) -> None:
         logp = model()
         found = assert_rows_are_apart(segments(logp), logp, watch)
     assert found == {f"layers.{k}" for k in range(model.used + 1)}
+
+
+@pytest.mark.parametrize(
+    ("step", "end"),
+    [
+        *((step, "sum") for step in ("of tokens", "first token", "rolled", "so far", "permuted")),
+        *((step, "gather") for step in ("attention", "misnamed", "like a leaf", "gated")),
+        *(("tanh", end) for end in ("later", "every other", "flat", "masked", "open slice")),
+    ],
+)
+def test_one_pass_or_two_the_streams_are_those_of_the_loop(step: str, end: str) -> None:
+    results = {}
+    for norms in ("loop", "fast"):
+        torch.manual_seed(0)
+        model = program((4, 3, 3), [("linear", True), ("linear", True), (step, False)], end)
+        method = PCR(model, blocks=r"layers\.[01]\.weight", norms=norms)  # type: ignore[arg-type]
+        logp = model()
+        generator = torch.Generator().manual_seed(1)
+        cotangents = torch.randn(2, *logp.shape, generator=generator)
+        method.accumulate_cotangents(logp, *cotangents, group_ids=torch.tensor([0, 0, 1, 1]))
+        report = method.resolve()
+        method.remove()
+        results[norms] = report, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert_statistics_close(results["fast"][0].statistics, results["loop"][0].statistics, 1e-4)
+    assert_gradients_close(results["fast"][1], results["loop"][1], 1e-4)
+
+
+def test_layers_within_a_function_that_gives_a_number() -> None:
+    """The loop cannot go through it; the sum of the streams is known without."""
+    model = program((4, 3, 3), [("linear", True), ("linear", True), ("a number from a function", False)], "sum")
+    cotangents = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
+    model().backward(cotangents.sum(dim=0))
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    method = PCR(model, blocks=r"layers\.[01]\.weight", norms="fast", rule=pcr_core.GRPO())
+    method.accumulate_cotangents(model(), *cotangents, group_ids=torch.tensor([0, 0, 1, 1]))
+    method.resolve()
+    method.remove()
+    assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-5)
+
+
+def test_a_hook_on_the_log_probabilities_keeps_streams_apart() -> None:
+    found = {}
+    for norms in ("loop", "fast"):
+        model, data = tiny_model("llama"), batch()
+        method = PCR(model, norms=norms)  # type: ignore[arg-type]
+        logp = data.logp(model)
+        logp.register_hook(lambda gradient: gradient - gradient.mean(dim=1, keepdim=True))
+        method.accumulate_cotangents(logp, *cotangents_of("ordinary"), group_ids=data.group_ids)
+        found[norms] = method.resolve().statistics
+        method.remove()
+    assert_statistics_close(found["fast"], found["loop"], 1e-5)
+
+
+def test_float16_takes_two_passes() -> None:
+    model = tiny_model("llama")
+    with watched(model), torch.autocast("cpu", torch.float16):
+        assert segments(batch().logp(model))[-1].rows is None
+        assert not any("mlp" in path for segment in segments(batch().logp(model)) for path in segment.rows or {})
 
 
 # -- shares ----------------------------------------------------------------------------------------------------------

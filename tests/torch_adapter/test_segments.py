@@ -78,6 +78,18 @@ def test_of_the_lowest_blocks_only_the_sum_goes_on() -> None:
     assert "lm_head" not in in_whole
 
 
+@pytest.mark.parametrize("path", ["layers.0.post_attention_layernorm", "layers.1.post_attention_layernorm"])
+def test_hooks_below_the_lowest_block_get_gradients(path: str) -> None:
+    """Also in the pass in which nothing goes on from that block."""
+    results = {}
+    for norms in ("fast", "loop"):
+        model = tiny_model("llama")
+        weight = model.get_submodule(f"model.{path}").weight
+        weight.register_hook(lambda gradient: 2 * gradient)  # type: ignore[operator]
+        results[norms] = pull(model, batch(), norms)[1]
+    assert_gradients_close(results["fast"], results["loop"], 1e-4)
+
+
 class Skipping(nn.Module):
     """A skip connection around the layers, so that their inputs do not separate the graph."""
 
