@@ -160,10 +160,8 @@ class Recorder:
         if members:
             assert x is not None
             with torch.no_grad():
-                both = self._pass == "both"
-                self._measure(
-                    members, x, tuple(share_of(dy, s) for s in self._shares[path]) if both else dys, transposed
-                )
+                streams = tuple(share_of(dy, s) for s in self._shares[path]) if self._pass == "both" else dys
+                self._measure(members, x, streams, transposed)
         left = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want and name not in members]
         return dx, *_outside(x, dys, left, transposed)
 

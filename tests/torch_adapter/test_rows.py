@@ -406,6 +406,11 @@ def test_float16_takes_two_passes() -> None:
     with watched(model), torch.autocast("cpu", torch.float16):
         assert segments(batch().logp(model))[-1].rows is None
         assert not any("mlp" in path for segment in segments(batch().logp(model)) for path in segment.rows or {})
+    data = batch()
+    exact = statistics_of(tiny_model("llama", dtype=torch.float64), data, cotangents_of("nearly"), "loop")
+    with torch.autocast("cpu", torch.float16):
+        found = statistics_of(tiny_model("llama"), data, cotangents_of("nearly"), "fast")
+    assert_statistics_close(found, exact, 1e-2)  # one pass of the sum would lose what nearly cancels
 
 
 # -- shares ----------------------------------------------------------------------------------------------------------
