@@ -1,0 +1,145 @@
+"""Where one backward pass serves both streams, each is what its own pass would have given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from problems import batch, tiny_model
+from programs import program
+from test_pullback import assert_gradients_close, assert_statistics_close
+from torch import Tensor, nn
+
+import pcr_core
+from pcr_torch import PCR
+from pcr_torch.rows import row_shares
+from pcr_torch.segments import segments
+
+
+@pytest.mark.parametrize(
+    ("step", "end"),
+    [
+        *((step, "sum") for step in ("of tokens", "first token", "rolled", "so far", "permuted")),
+        *((step, "gather") for step in ("attention", "misnamed", "like a leaf", "gated")),
+        *(("tanh", end) for end in ("later", "every other", "flat", "masked", "open slice")),
+    ],
+)
+def test_one_pass_or_two_the_streams_are_those_of_the_loop(step: str, end: str) -> None:
+    results = {}
+    for norms in ("loop", "fast"):
+        torch.manual_seed(0)
+        model = program((4, 3, 3), [("linear", True), ("linear", True), (step, False)], end)
+        method = PCR(model, blocks=r"layers\.[01]\.weight", norms=norms)  # type: ignore[arg-type]
+        logp = model()
+        generator = torch.Generator().manual_seed(1)
+        cotangents = torch.randn(2, *logp.shape, generator=generator)
+        method.accumulate_cotangents(logp, *cotangents, group_ids=torch.tensor([0, 0, 1, 1]))
+        report = method.resolve()
+        method.remove()
+        results[norms] = report, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert_statistics_close(results["fast"][0].statistics, results["loop"][0].statistics, 1e-4)
+    assert_gradients_close(results["fast"][1], results["loop"][1], 1e-4)
+
+
+def test_layers_within_a_function_that_gives_a_number() -> None:
+    """The loop cannot go through it; the sum of the streams is known without."""
+    model = program((4, 3, 3), [("linear", True), ("linear", True), ("a number from a function", False)], "sum")
+    cotangents = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
+    model().backward(cotangents.sum(dim=0))
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    method = PCR(model, blocks=r"layers\.[01]\.weight", norms="fast", rule=pcr_core.GRPO())
+    method.accumulate_cotangents(model(), *cotangents, group_ids=torch.tensor([0, 0, 1, 1]))
+    method.resolve()
+    method.remove()
+    assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-5)
+
+
+def test_a_hook_on_the_log_probabilities_keeps_streams_apart() -> None:
+    found = {}
+    for norms in ("loop", "fast"):
+        model, data = tiny_model("llama"), batch()
+        method = PCR(model, norms=norms)  # type: ignore[arg-type]
+        logp = data.logp(model)
+        logp.register_hook(lambda gradient: gradient - gradient.mean(dim=1, keepdim=True))
+        method.accumulate_cotangents(logp, *cotangents_of("ordinary"), group_ids=data.group_ids)
+        found[norms] = method.resolve().statistics
+        method.remove()
+    assert_statistics_close(found["fast"], found["loop"], 1e-5)
+
+
+def test_float16_takes_two_passes() -> None:
+    model = tiny_model("llama")
+    method = PCR(model)
+    with torch.autocast("cpu", torch.float16):
+        chain = segments(batch().logp(model))
+    method.remove()
+    assert chain[-1].rows is None
+    assert not any("mlp" in path for segment in chain for path in segment.rows or {})
+    data, (p, noise) = batch(), cotangents_of("ordinary")
+    cotangents = 0.01 * p, -0.01 * p * (1 + 1e-4 * noise)
+    exact = statistics_of(tiny_model("llama", dtype=torch.float64), data, cotangents, "loop")
+    with torch.autocast("cpu", torch.float16):
+        found = statistics_of(tiny_model("llama"), data, cotangents, "fast")
+    assert_statistics_close(found, exact, 1e-2)  # one pass of the sum would lose what nearly cancels
+
+
+def test_shares_of_a_sum() -> None:
+    p, s = torch.tensor([[1.0, 0.0, -2.0]]), torch.tensor([[3.0, 0.0, 1.0]])
+    shares = row_shares((p, s))
+    assert shares is not None
+    torch.testing.assert_close(shares, torch.tensor([[0.25, 0.0, 2.0, 0.0], [0.75, 0.0, -1.0, 0.0]]))
+    assert row_shares((p, -p)) is None  # nothing would come down
+    assert row_shares((p,)) is None
+    broken = row_shares((p, torch.tensor([[float("nan"), float("inf"), 0.0]])))
+    assert broken is not None
+    assert not broken[:, :2].isfinite().all(dim=0).any()
+
+
+def cotangents_of(kind: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    p, s = torch.randn(2, 6, 5, generator=generator)
+    if kind == "cancelling":
+        s[2, 1:3] = -p[2, 1:3]
+    elif kind == "nearly":
+        s = -p * (1 + 1e-5 * torch.randn(6, 5, generator=generator))
+        assert (p + s).all()
+    elif kind == "far apart":
+        p, s = 1e-12 * p, 1e12 * s
+    elif kind == "one at a time":
+        half = torch.rand(6, 5, generator=generator) > 0.5
+        p, s = p * half, s * ~half
+    elif kind == "no stability":
+        s = torch.zeros_like(s)
+    return p, s
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "cancelling", "nearly", "far apart", "one at a time", "no stability"])
+def test_streams_keep_their_digits_whatever_the_other_is(kind: str) -> None:
+    data, model = batch(), tiny_model("llama", dtype=torch.float64)
+    exact = statistics_of(model, data, cotangents_of(kind), "loop")
+    fast = statistics_of(tiny_model("llama"), data, cotangents_of(kind), "fast")
+    assert_statistics_close(fast, exact, 1e-5)
+
+
+def statistics_of(model: nn.Module, data: Any, cotangents: tuple[Tensor, Tensor], norms: Any) -> Any:
+    method = PCR(model, norms=norms)
+    logp = data.logp(model)
+    p, s = (c.to(logp.dtype) for c in cotangents)
+    method.accumulate_cotangents(logp, p, s, group_ids=data.group_ids)
+    report = method.resolve()
+    method.remove()
+    return report.statistics
+
+
+def test_what_is_not_finite_stays_visible() -> None:
+    p, s = cotangents_of("ordinary")
+    for broken in (float("nan"), float("inf")):
+        p[3, 2] = broken
+        model = tiny_model("llama")
+        method = PCR(model)
+        data = batch()
+        method.accumulate_cotangents(data.logp(model), p, s, group_ids=data.group_ids)
+        assert not method.resolve().finite
+        method.remove()
