@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -26,6 +27,47 @@ def pull(model: nn.Module, data: Batch, norms: str, **options: object) -> tuple[
     report = method.resolve()
     method.remove()
     return report, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def resolved(
+    model: nn.Module, logp_of: Callable[[], Tensor], cotangents: Sequence[Tensor], group_ids: Tensor, **options: Any
+) -> tuple[BlockStatistics[Tensor], dict[str, Tensor]]:
+    """`pull` for cotangents of one's own."""
+    model.zero_grad()
+    method = PCR(model, **options)
+    method.accumulate_cotangents(logp_of(), *cotangents, group_ids=group_ids)
+    report = method.resolve()
+    method.remove()
+    return report.statistics, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_fast_equals_loop(
+    model: nn.Module,
+    logp_of: Callable[[], Tensor],
+    cotangents: Sequence[Tensor],
+    group_ids: Tensor,
+    *,
+    blocks: str = "mlp",
+    tolerances: tuple[float, float] = (1e-5, 1e-5),
+) -> None:
+    """Statistics and gradients, to `tolerances`."""
+    fast, loop = (
+        resolved(model, logp_of, cotangents, group_ids, blocks=blocks, norms=norms) for norms in ("fast", "loop")
+    )
+    assert_statistics_close(fast[0], loop[0], tolerances[0])
+    assert_gradients_close(fast[1], loop[1], tolerances[1])
+
+
+def assert_sum_equals_backward(
+    model: nn.Module, logp_of: Callable[[], Tensor], cotangents: Sequence[Tensor], group_ids: Tensor, *, blocks: str
+) -> None:
+    """Under plain GRPO the fast path gives every parameter the gradient of an ordinary backward pass."""
+    model.zero_grad()
+    logp_of().backward(sum(cotangents[1:], start=cotangents[0]))
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    rule = pcr_core.GRPO()
+    found = resolved(model, logp_of, cotangents, group_ids, blocks=blocks, norms="fast", rule=rule)[1]
+    assert_gradients_close(found, expected, 1e-5)
 
 
 def assert_statistics_close(got: BlockStatistics[Tensor], expected: BlockStatistics[Tensor], tolerance: float) -> None:

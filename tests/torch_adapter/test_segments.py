@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from problems import batch, tiny_model
-from test_pullback import assert_gradients_close, assert_statistics_close, pull
+from test_pullback import (
+    assert_fast_equals_loop,
+    assert_gradients_close,
+    assert_statistics_close,
+    assert_sum_equals_backward,
+    pull,
+)
 from torch import Tensor, nn
 
-import pcr_core
 from pcr_torch import PCR
 from pcr_torch.recorder import Recorder
 from pcr_torch.segments import Segment, ends, segments
@@ -158,7 +164,7 @@ def test_what_crosses_the_layers_is_seen(kind: type[Skipping]) -> None:
     logp = logp_of(model, torch.randint(31, (6, 5)))
     blocks = {id(layer.weight) for layer in model.layers}
     assert sum(bool(blocks & segment.leaves) for segment in segments(logp)) <= 1
-    assert_fast_equals_loop(model)
+    assert_streams(model)
 
 
 class Sharing(Skipping):
@@ -185,15 +191,7 @@ def test_what_several_segments_use_gets_all_its_parts(hooked: bool) -> None:
     assert len(chain) == (1 if hooked else 4)
     shared = {id(parameter) for parameter in model.norm.parameters()}
     assert {id(use.leaf) for segment in chain for use in segment.crossing} == (set() if hooked else shared)
-    tokens, cotangents = torch.randint(31, (6, 5)), torch.randn(2, 6, 4)
-    logp_of(model, tokens).backward(cotangents.sum(0))
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    method = PCR(model, blocks=r"layers\.\d.weight", norms="fast", rule=pcr_core.GRPO())
-    ids = torch.tensor([0, 0, 0, 1, 1, 1])
-    method.accumulate_cotangents(logp_of(model, tokens), cotangents[0], cotangents[1], group_ids=ids)
-    method.resolve()
-    assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-5)
+    assert_sum(model, r"layers\.\d.weight")
 
 
 def test_segments_that_end_in_several_shapes_or_without_a_gradient() -> None:
@@ -202,7 +200,7 @@ def test_segments_that_end_in_several_shapes_or_without_a_gradient() -> None:
     method = PCR(model, blocks=r"layers\.\d.weight", norms="fast")
     assert len(segments(logp_of(model, torch.randint(31, (6, 5))))) > 3
     method.remove()
-    assert_fast_equals_loop(model)
+    assert_streams(model)
 
 
 class Plain(Skipping):
@@ -221,24 +219,21 @@ def test_hooks_that_change_a_modules_gradients_are_run(place: str) -> None:
     torch.manual_seed(0)
     model = Plain()
     model.get_submodule(place).register_full_backward_hook(lambda module, into, out: tuple(2 * g for g in into))
-    assert_fast_equals_loop(model)
+    assert_streams(model)
 
 
-def assert_fast_equals_loop(model: nn.Module) -> None:
+def problem(model: nn.Module) -> tuple[Callable[[], Tensor], Tensor, Tensor]:
+    """Log-probabilities of some tokens, cotangents and groups."""
     tokens = torch.randint(31, (6, 5))
-    ids = torch.tensor([0, 0, 0, 1, 1, 1])
-    cotangents = torch.randn(2, 6, 4)
-    results = {}
-    for norms in ("fast", "loop"):
-        model.zero_grad()
-        method = PCR(model, blocks=r"layers\.\d.weight", norms=norms)  # type: ignore[arg-type]
-        logp = logp_of(model, tokens)
-        method.accumulate_cotangents(logp, cotangents[0], cotangents[1], group_ids=ids)
-        report = method.resolve()
-        method.remove()
-        results[norms] = report, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert_statistics_close(results["fast"][0].statistics, results["loop"][0].statistics, 1e-5)
-    assert_gradients_close(results["fast"][1], results["loop"][1], 1e-5)
+    return lambda: logp_of(model, tokens), torch.randn(2, 6, 4), torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def assert_streams(model: nn.Module) -> None:
+    assert_fast_equals_loop(model, *problem(model), blocks=r"layers\.\d.weight")
+
+
+def assert_sum(model: nn.Module, blocks: str) -> None:
+    assert_sum_equals_backward(model, *problem(model), blocks=blocks)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
@@ -299,15 +294,4 @@ class InPlace(Skipping):
 
 def test_layers_may_work_in_place() -> None:
     torch.manual_seed(0)
-    model = InPlace()
-    tokens = torch.randint(31, (6, 5))
-    cotangents = torch.randn(2, 6, 4)
-    logp_of(model, tokens).backward(cotangents.sum(0))
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    method = PCR(model, blocks="inner.weight", norms="fast", rule=pcr_core.GRPO())
-    logp = logp_of(model, tokens)
-    method.accumulate_cotangents(logp, cotangents[0], cotangents[1], group_ids=torch.tensor([0, 0, 0, 1, 1, 1]))
-    method.resolve()
-    method.remove()
-    assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-5)
+    assert_sum(InPlace(), "inner.weight")

@@ -8,10 +8,9 @@ import pytest
 import torch
 from problems import batch, tiny_model
 from programs import program
-from test_pullback import assert_gradients_close, assert_statistics_close
+from test_pullback import assert_fast_equals_loop, assert_statistics_close, assert_sum_equals_backward, resolved
 from torch import Tensor, nn
 
-import pcr_core
 from pcr_torch import PCR
 from pcr_torch.rows import row_shares
 from pcr_torch.segments import segments
@@ -26,34 +25,19 @@ from pcr_torch.segments import segments
     ],
 )
 def test_one_pass_or_two_the_streams_are_those_of_the_loop(step: str, end: str) -> None:
-    results = {}
-    for norms in ("loop", "fast"):
-        torch.manual_seed(0)
-        model = program((4, 3, 3), [("linear", True), ("linear", True), (step, False)], end)
-        method = PCR(model, blocks=r"layers\.[01]\.weight", norms=norms)  # type: ignore[arg-type]
-        logp = model()
-        generator = torch.Generator().manual_seed(1)
-        cotangents = torch.randn(2, *logp.shape, generator=generator)
-        method.accumulate_cotangents(logp, *cotangents, group_ids=torch.tensor([0, 0, 1, 1]))
-        report = method.resolve()
-        method.remove()
-        results[norms] = report, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert_statistics_close(results["fast"][0].statistics, results["loop"][0].statistics, 1e-4)
-    assert_gradients_close(results["fast"][1], results["loop"][1], 1e-4)
+    torch.manual_seed(0)
+    model = program((4, 3, 3), [("linear", True), ("linear", True), (step, False)], end)
+    cotangents = torch.randn(2, *model().shape, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([0, 0, 1, 1])
+    assert_fast_equals_loop(model, model, cotangents, ids, blocks=r"layers\.[01]\.weight", tolerances=(1e-4, 1e-4))
 
 
 def test_layers_within_a_function_that_gives_a_number() -> None:
     """The loop cannot go through it; the sum of the streams is known without."""
     model = program((4, 3, 3), [("linear", True), ("linear", True), ("a number from a function", False)], "sum")
     cotangents = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
-    model().backward(cotangents.sum(dim=0))
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    method = PCR(model, blocks=r"layers\.[01]\.weight", norms="fast", rule=pcr_core.GRPO())
-    method.accumulate_cotangents(model(), *cotangents, group_ids=torch.tensor([0, 0, 1, 1]))
-    method.resolve()
-    method.remove()
-    assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-5)
+    ids = torch.tensor([0, 0, 1, 1])
+    assert_sum_equals_backward(model, model, cotangents, ids, blocks=r"layers\.[01]\.weight")
 
 
 def test_a_hook_on_the_log_probabilities_keeps_streams_apart() -> None:
@@ -124,13 +108,7 @@ def test_streams_keep_their_digits_whatever_the_other_is(kind: str) -> None:
 
 
 def statistics_of(model: nn.Module, data: Any, cotangents: tuple[Tensor, Tensor], norms: Any) -> Any:
-    method = PCR(model, norms=norms)
-    logp = data.logp(model)
-    p, s = (c.to(logp.dtype) for c in cotangents)
-    method.accumulate_cotangents(logp, p, s, group_ids=data.group_ids)
-    report = method.resolve()
-    method.remove()
-    return report.statistics
+    return resolved(model, lambda: data.logp(model), cotangents, data.group_ids, norms=norms)[0]
 
 
 def test_what_is_not_finite_stays_visible() -> None:
