@@ -24,6 +24,7 @@ WORKSPACE = 1 << 25
 _TILE = 6 << 16  # elements
 _LANES = 64  # rows of a tile come in such bunches, which matrix products like
 _DOT = 1 << 11  # elements whose products float32 sums
+_GLANCE = 4  # features by which all but a few tokens with a gradient are told
 _SAFE = (1e-20, 1e30)  # of the largest response's square: what float32 loses below and above does not count
 _GRAM_COST = 16  # multiply-adds that a pass over one explicit element is worth; measured on a CPU
 
@@ -56,8 +57,11 @@ def weight_products(
     """
     if prefers_gram(x.shape[1], x.shape[2], dys[0].shape[2], len(dys)):
         return _gram(x, dys, strata, transposed)
+    on_cpu = x.device.type == "cpu"
+    if on_cpu:
+        x, dys = _single(x.detach()), [_single(dy) for dy in dys]
     factors = [(x, dy) if transposed else (dy, x) for dy in dys]
-    return _tiled(factors, strata) if x.device.type == "cpu" else _batched(factors, strata, workspace)
+    return _tiled(factors, strata, _spans(x, dys)) if on_cpu else _batched(factors, strata, workspace)
 
 
 def bias_products(dys: Sequence[Tensor], strata: Sequence[Sequence[int]]) -> Products:
@@ -135,27 +139,45 @@ def _gram(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], tra
     return Products(totals, response, torch.stack(stratum, dim=1))
 
 
-def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]]) -> Products:
+def _spans(x: Tensor, dys: Sequence[Tensor]) -> list[slice]:
+    """The tokens of each response from the first that contributes to the last: padding does not, nor what has no loss."""
+    gradients = [dy.numpy() for dy in dys]
+    used = np.logical_or.reduce([g[..., :_GLANCE].any(axis=-1) for g in gradients])
+    idle = ~used
+    used[idle] = ~np.isfinite(x.numpy()[idle]).all(axis=-1)  # 0 times infinity is to be seen
+    for g in gradients:
+        used[idle] |= g[idle].any(axis=-1)
+    first, beyond = used.argmax(axis=1), used.shape[1] - used[:, ::-1].argmax(axis=1)
+    return [slice(a, b if some else a) for a, b, some in zip(first, beyond, used.any(axis=1), strict=True)]
+
+
+@np.errstate(all="ignore")  # what is not finite stays so, and is seen by whoever resolves
+def _tiled(
+    factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]], spans: Sequence[slice]
+) -> Products:
     """One response and a few rows of the weight at a time, which stay in a core's cache until all is taken from them.
 
     Args:
-        factors: (L, R) per stream, of shapes (n, T, rows) and (n, T, columns).
+        factors: (L, R) per stream, of shapes (n, T, rows) and (n, T, columns); float32 or wider.
+        strata: see `weight_products`.
+        spans: of each response, the tokens that matter.
     """
-    factors = [(_single(left), _single(right)) for left, right in factors]
     (left, right), pairs = factors[0], PAIRS[len(factors)]
     n, height, width = left.shape[0], left.shape[2], right.shape[2]
     step = max(_LANES, _TILE // width // _LANES * _LANES)
     totals = [torch.empty(height, width, dtype=left.dtype) for _ in factors]
     scratch = torch.empty(2, len(factors), min(step, height), width, dtype=left.dtype)
-    columns = [right.unbind() for _, right in factors]
+    whole = [[each[span].T for each, span in zip(left, spans, strict=True)] for left, _ in factors]
+    columns = [[each[span] for each, span in zip(right, spans, strict=True)] for _, right in factors]
     bunch = math.gcd(height, step, 1 << max(0, (_DOT // width).bit_length() - 1))  # rows of the tile in one product
     by_row = np.empty((n + len(strata), len(pairs), step // bunch), dtype=scratch.numpy().dtype)
     sums = np.zeros(by_row.shape[:2])
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
-        lefts = [left[:, :, rows].mT.unbind() for left, _ in factors]
-        total, summed, one = (_Tile(t) for t in ([t[rows] for t in totals], *scratch[:, :, : rows.stop - start]))
+        lefts = [[each[rows] for each in stream] for stream in whole]
         dots = by_row[:, :, : (rows.stop - start) // bunch]
+        tiles = ([t[rows] for t in totals], *scratch[:, :, : rows.stop - start])
+        total, summed, one = (_Tile(t, dots.shape[-1]) for t in tiles)
         turn = iter(dots)
         for q, members in enumerate(strata):
             stratum = summed if q else total
@@ -180,21 +202,19 @@ def _tiled(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[i
 class _Tile:
     """Rows (rows, columns) of each stream's gradient; NumPy is the faster on what lies in the cache."""
 
-    def __init__(self, gradients: Iterable[Tensor]) -> None:
+    def __init__(self, gradients: Iterable[Tensor], bunches: int) -> None:
         self.tensors = list(gradients)
         self._arrays = [t.numpy() for t in self.tensors]
+        self._bunches = [a.reshape(bunches, -1) for a in self._arrays]
 
-    @np.errstate(all="ignore")  # what is not finite stays so, and is seen by whoever resolves
     def add(self, other: _Tile) -> None:
         for mine, more in zip(self._arrays, other._arrays, strict=True):
             np.add(mine, more, out=mine)
 
-    @np.errstate(all="ignore")
     def dots(self, into: Any) -> None:
-        """PAIRS over bunches of rows, as many as `into` (pairs, bunches) has."""
-        streams = [a.reshape(into.shape[-1], -1) for a in self._arrays]
-        for k, (a, b) in reversed(list(enumerate(PAIRS[len(streams)]))):  # P.S first: it brings both into the cache
-            np.vecdot(streams[a], streams[b], out=into[k])
+        """PAIRS over bunches of rows; `into` (pairs, bunches)."""
+        for k, (a, b) in reversed(list(enumerate(PAIRS[len(self._bunches)]))):  # P.S first: it brings both into the cache
+            np.vecdot(self._bunches[a], self._bunches[b], out=into[k])
 
 
 def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]], workspace: int) -> Products:

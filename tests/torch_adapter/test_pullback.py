@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pcr_core
 from pcr_core import BlockStatistics
 from pcr_torch import PCR, Report, products
-from pcr_torch.products import _batched, _gram, _tiled, prefers_gram, weight_products
+from pcr_torch.products import _batched, _gram, _spans, _tiled, prefers_gram, weight_products
 
 
 def pull(model: nn.Module, data: Batch, norms: str, **options: object) -> tuple[Report, dict[str, Tensor]]:
@@ -174,7 +174,7 @@ def test_three_ways_to_products(way: Any, transposed: bool, monkeypatch: pytest.
         got = _gram(x, [dy, dz], strata, transposed)
     else:
         factors = [(x, d) if transposed else (d, x) for d in (dy, dz)]
-        got = _tiled(factors, strata) if way is _tiled else _batched(factors, strata, workspace=2 * 40 * 50)
+        got = way(factors, strata, [slice(0, 7)] * 5 if way is _tiled else 2 * 40 * 50)
     g, h = (torch.einsum("nto,nti->noi", d.double(), x.double()) for d in (dy, dz))
     for pair, (a, b) in enumerate(((g, g), (h, h), (g, h))):
         scale = (a * b).abs().sum((1, 2))
@@ -184,6 +184,28 @@ def test_three_ways_to_products(way: Any, transposed: bool, monkeypatch: pytest.
             assert abs(got.stratum[pair, q] - (one * other).sum()) <= 1e-6 * (one * other).abs().sum()
     for total, expected in zip(got.totals, (g.sum(0), h.sum(0)), strict=True):
         torch.testing.assert_close(total, (expected.T if transposed else expected).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+def test_products_leave_out_tokens_without_gradient(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "prefers_gram", lambda *_: False)
+    x, dy, dz = (torch.randn(5, 7, k, generator=torch.Generator().manual_seed(k)) for k in (8, 9, 10))
+    dz = dz[..., :9]
+    for each in (dy, dz):
+        each[0, :2], each[1, 5:], each[2], each[3, 3:5] = 0.0, 0.0, 0.0, 0.0
+    dy[0, 1, -1] = dz[1, 5, -2] = 1.0  # seen in one stream alone, and beyond the first features
+    spans = [slice(1, 7), slice(0, 6), slice(0, 0), slice(0, 7), slice(0, 7)]
+    assert _spans(x, [dy, dz]) == spans
+    strata = [[0, 3], [1, 2, 4]]
+    got = weight_products(x, [dy, dz], strata, transposed=transposed)
+    expected = _gram(x, [dy, dz], strata, transposed)
+    torch.testing.assert_close(got.response, expected.response, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.stratum, expected.stratum, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.totals, expected.totals, rtol=1e-5, atol=1e-5)
+    x[2, 3, 4] = torch.inf  # with a gradient of 0
+    broken = weight_products(x, [dy, dz], strata, transposed=transposed)
+    assert not any(total.isfinite().all() for total in broken.totals)
+    assert not broken.response[:, 2].isfinite().any() and bool(broken.response[:, [0, 1, 3, 4]].isfinite().all())
 
 
 def test_the_cheaper_way_is_taken() -> None:
