@@ -140,7 +140,7 @@ def _gram(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], tra
 
 
 def _spans(x: Tensor, dys: Sequence[Tensor]) -> list[slice]:
-    """The tokens of each response from the first that contributes to the last: padding does not, nor what has no loss."""
+    """Each response's tokens from the first that contributes to the last; padding does not, nor what has no loss."""
     gradients = [dy.numpy() for dy in dys]
     used = np.logical_or.reduce([g[..., :_GLANCE].any(axis=-1) for g in gradients])
     idle = ~used
@@ -213,8 +213,9 @@ class _Tile:
 
     def dots(self, into: Any) -> None:
         """PAIRS over bunches of rows; `into` (pairs, bunches)."""
-        for k, (a, b) in reversed(list(enumerate(PAIRS[len(self._bunches)]))):  # P.S first: it brings both into the cache
-            np.vecdot(self._bunches[a], self._bunches[b], out=into[k])
+        streams = self._bunches
+        for k, (a, b) in reversed(list(enumerate(PAIRS[len(streams)]))):  # P.S first: it brings both into the cache
+            np.vecdot(streams[a], streams[b], out=into[k])
 
 
 def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]], workspace: int) -> Products:

@@ -213,11 +213,12 @@ def _outside(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a layer's weight and bias, of both streams together; those that are `left` to autograd."""
     weight = bias = None
+    total = _total(dys) if left else dys[0]
     if "weight" in left:
         assert x is not None
-        weight = matrix_gradient(x, _total(dys), transposed=transposed)
+        weight = matrix_gradient(x, total, transposed=transposed)
     if "bias" in left:
-        bias = _total([dy.reshape(-1, dy.shape[-1]).sum(dim=0) for dy in dys])
+        bias = total.reshape(-1, total.shape[-1]).sum(dim=0)
     return weight, bias
 
 
