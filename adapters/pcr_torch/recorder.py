@@ -154,16 +154,16 @@ class Recorder:
             return dy.new_zeros(*dy.shape[:-1], weight.shape[0 if transposed else 1]), None, None
         kept = None if again else self._kept.pop(path, None)
         dys = (dy,) if kept is None else (kept, dy)
-        dx = None
-        if wanted[0]:
-            dx = _input_gradient(_total(dys) if path in self._lowest else dy, weight, transposed)
+        left = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want and name not in members]
+        merged = wanted[0] and path in self._lowest
+        total = _total(dys) if left or merged else dy
+        dx = _input_gradient(total if merged else dy, weight, transposed) if wanted[0] else None
         if members:
             assert x is not None
             with torch.no_grad():
                 streams = tuple(share_of(dy, s) for s in self._shares[path]) if self._pass == "both" else dys
                 self._measure(members, x, streams, transposed)
-        left = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want and name not in members]
-        return dx, *_outside(x, dys, left, transposed)
+        return dx, *_outside(x, total, left, transposed)
 
     def _seen_again(self, path: str) -> bool:
         if self._pass == "off":
@@ -209,11 +209,10 @@ def _input_gradient(dy: Tensor, weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _outside(
-    x: Tensor | None, dys: tuple[Tensor, ...], left: Collection[str], transposed: bool
+    x: Tensor | None, total: Tensor, left: Collection[str], transposed: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a layer's weight and bias, of both streams together; those that are `left` to autograd."""
+    """Gradients of a layer's weight and bias, those that are `left` to autograd, from the streams' `total`."""
     weight = bias = None
-    total = _total(dys) if left else dys[0]
     if "weight" in left:
         assert x is not None
         weight = matrix_gradient(x, total, transposed=transposed)
