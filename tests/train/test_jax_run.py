@@ -343,7 +343,9 @@ def test_lessons_teach_and_the_same_seed_teaches_the_same() -> None:
 @pytest.mark.slow
 def test_reward_rises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pcr-train", "--framework", "jax", "--model", "tiny", "--steps", "100"])
+    # of 64 questions what is gained lay between 2 and 4 standard errors, by how rounding falls with the threads
+    words = ["pcr-train", "--framework", "jax", "--model", "tiny", "--steps", "100", "--heldout", "140"]
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stop:
         command.main()
     assert stop.value.code == 0
