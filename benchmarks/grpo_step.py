@@ -1,8 +1,8 @@
 """What does PCR add to a GRPO update?
 
 A Qwen2-like model (hidden 512, 8 layers, MLP 1536, vocabulary 4096), 16 responses of 128 tokens in groups of 4, one
-micro-batch. Vanilla is one forward and one backward pass of the summed loss; all ways share the code of the logits and
-of the objective, and end with the update in `.grad`.
+micro-batch or several. Vanilla is one forward and one backward pass of the summed loss; all ways share the code of the
+logits and of the objective, and end with the update in `.grad`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYERS, HIDDEN, MLP = 8, 512, 1536
 class Problem:
     """The model, a batch of responses, and what the ways have in common."""
 
-    def __init__(self, device: str, responses: int, tokens: int, vocabulary: int) -> None:
+    def __init__(self, device: str, responses: int, tokens: int, vocabulary: int, micro_batches: int) -> None:
         torch.manual_seed(0)
         config = Qwen2Config(
             vocab_size=vocabulary,
@@ -48,6 +48,8 @@ class Problem:
         self.noise = [0.1 * torch.randn(responses, tokens, device=device) for _ in range(2)]
         self.parameters = dict(self.model.named_parameters())
         self.blocks = [name for name in self.parameters if ".mlp." in name]
+        size = responses // micro_batches
+        self.parts = [slice(start, start + size) for start in range(0, responses, size)]
 
     def logp(self, rows: slice = slice(None)) -> Tensor:
         return _logp(self.model(input_ids=self.tokens[rows], use_cache=False).logits, self.tokens[rows])
@@ -75,17 +77,20 @@ def ways(p: Problem) -> dict[str, Way]:
     """Every way by the name it has in the table."""
 
     def vanilla() -> None:
-        logp = p.logp()
-        plasticity, stability = p.cotangents(logp)
-        logp.backward(plasticity + stability)
+        for rows in p.parts:
+            logp = p.logp(rows)
+            plasticity, stability = p.cotangents(logp, rows)
+            logp.backward(plasticity + stability)
 
     def two_passes() -> None:
-        logp = p.logp()
-        plasticity, stability = p.cotangents(logp)
         leaves = list(p.parameters.values())
-        one = torch.autograd.grad(logp, leaves, plasticity, retain_graph=True)
-        for leaf, first, second in zip(leaves, one, torch.autograd.grad(logp, leaves, stability), strict=True):
-            leaf.grad = first.add_(second)
+        for rows in p.parts:
+            logp = p.logp(rows)
+            plasticity, stability = p.cotangents(logp, rows)
+            one = torch.autograd.grad(logp, leaves, plasticity, retain_graph=True)
+            for leaf, first, second in zip(leaves, one, torch.autograd.grad(logp, leaves, stability), strict=True):
+                both = first.add_(second)
+                leaf.grad = both if leaf.grad is None else leaf.grad.add_(both)
 
     def loop() -> None:
         """Micro-batches of one response: what one writes first."""
@@ -131,8 +136,9 @@ def ways(p: Problem) -> dict[str, Way]:
             method = PCR(p.model, **options)  # type: ignore[arg-type]
 
             def job() -> None:
-                logp = p.logp()
-                method.accumulate_cotangents(logp, *p.cotangents(logp), group_ids=p.group_ids)
+                for rows in p.parts:
+                    logp = p.logp(rows)
+                    method.accumulate_cotangents(logp, *p.cotangents(logp, rows), group_ids=p.group_ids[rows])
                 method.resolve()
 
             yield _cleared(p, job)
@@ -230,24 +236,36 @@ def main() -> None:
     parser.add_argument("--responses", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument(
+        "--micro-batches", type=int, default=1, help="of PyTorch; more than 1 leaves other libraries out"
+    )
     parser.add_argument("--amortised", action="store_true", help="four updates with every=4 in place of the table")
     parser.add_argument("--only", nargs="*", help="ways whose name contains one of these, besides vanilla")
     parser.add_argument("--keep-freed-memory", action="store_true", help="no page faults (glibc); so always in JAX")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
+    if args.micro_batches < 1 or args.responses % (4 * args.micro_batches):
+        parser.error("--micro-batches: groups of 4 responses have to stay whole")
+    if args.micro_batches > 1 and (args.framework == "jax" or args.amortised):
+        parser.error("--micro-batches: of JAX see --groups-at-once; --amortised has one micro-batch in a step")
     if args.keep_freed_memory or args.framework == "jax":
         keep_freed_memory()
     if args.framework == "jax":
         _in_jax(args)
         return
     torch.set_num_threads(args.threads)
-    make = partial(Problem, args.device, args.responses, args.tokens, args.vocabulary)
+    make = partial(Problem, args.device, args.responses, args.tokens, args.vocabulary, args.micro_batches)
     problem = make()
-    every = amortised_ways(problem) if args.amortised else ways(problem) | peers.ways(make)
+    every = amortised_ways(problem) if args.amortised else ways(problem)
+    if args.micro_batches > 1:
+        del every["torch.func vmap"]
+    elif not args.amortised:
+        every |= peers.ways(make)
     chosen = {name: every[name] for name in _chosen(every, args.only)}
     held = sum(leaf.numel() * leaf.element_size() for leaf in problem.parameters.values())
     rows = compare(chosen, repeats=args.repeats, device=args.device, held=held)
     title = f"A GRPO update of {args.responses} responses x {args.tokens} tokens, vocabulary {args.vocabulary}"
+    title += f", micro-batches: {args.micro_batches}" * (args.micro_batches > 1)
     show(title, rows, args.device, args.json)
 
 

@@ -146,6 +146,7 @@ class PCR:
         self._averaged = [p for name, p in named.items() if p.requires_grad and name not in ignored]
         self._totals: Totals = ({}, {})
         self._scatter: Scatter[Tensor] | None = None
+        self._torn = False  # whether a micro-batch ended within its backward passes
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = False
 
@@ -166,6 +167,7 @@ class PCR:
             ValueError: shapes that do not match, a group of one response with strata="group", a block's parameter that
                 was frozen meanwhile, or what the fast path cannot measure (docs/supported.md).
             TypeError: arguments that are not tensors of the right kind.
+            RuntimeError: an earlier call ended within its backward passes; see `discard`.
         """
         if not isinstance(objective, Objective):
             raise TypeError(f"objective: expected a pcr_core.Objective, got {type(objective).__name__}")
@@ -198,8 +200,9 @@ class PCR:
         On several processes a collective call.
 
         Raises:
-            RuntimeError: nothing was accumulated.
+            RuntimeError: nothing was accumulated, or a micro-batch ended within its backward passes.
         """
+        self._refuse_torn()
         if self._ranks is not None and not self._sharded:
             self._average()
         elif self._scatter is None:
@@ -233,8 +236,12 @@ class PCR:
         return not last.statistics.stability_sq.all()  # weights were measured without a KL gradient: there was none yet
 
     def discard(self) -> None:
-        """Forget what was accumulated since the last `resolve`, but for what is in `.grad`: zero that as well."""
-        self._totals, self._scatter = ({}, {}), None
+        """Forget what was accumulated since the last `resolve`, but for what is in `.grad`: zero that as well.
+
+        After an error within `accumulate` (out of memory, say) the step goes on with nothing else: a part of that
+        micro-batch is in the gradients.
+        """
+        self._totals, self._scatter, self._torn = ({}, {}), None, False
 
     def remove(self) -> None:
         """Give the model's layers their own forward back. The object cannot be used afterwards."""
@@ -248,6 +255,7 @@ class PCR:
 
         Of a sharded model the means are DTensors like its parameters, as `torch.distributed.checkpoint` wants them.
         """
+        self._refuse_torn()
         if self._scatter is not None:
             raise RuntimeError("state_dict() between accumulate() and resolve(): resolve or discard first")
         last = None if self._last is None else {"age": self._age, **self._last.state_dict()}
@@ -271,6 +279,7 @@ class PCR:
         self._age = 0 if last is None else int(last["age"])
 
     def _pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> None:
+        self._refuse_torn()
         ids = check_batch(logp, cotangents, group_ids, self.strata)
         self._refuse_replaced()
         self._refuse_hooked()
@@ -279,22 +288,25 @@ class PCR:
                 raise ValueError(
                     f"{name} is in a block and was frozen after PCR(model) was made; make PCR(model) again"
                 )
+        cotangents = tuple(c.detach() for c in cotangents)
+        self._torn = True
+        if self.measuring:
+            self._pull_apart(streams, logp, cotangents, ids)
+        else:
+            self._pull_weighted(streams, logp, cotangents)
+        self._torn = False
+
+    def _pull_apart(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], ids: Tensor) -> None:
+        """Each stream's gradient into the totals, and the scatter of both."""
         strata: list[list[int]] = [[] for _ in range(int(ids.max()) + 1)]
         for row, q in enumerate(ids.tolist()):
             strata[q].append(row)
-        cotangents = tuple(c.detach() for c in cotangents)
-        if not self.measuring:
-            self._pull_weighted(streams, logp, cotangents)
-            return
+        totals = [self._totals[stream] for stream in streams]
         if self._recorder is not None:
-            pulled = self._recorder.pull(logp, cotangents, strata)
+            pulled = self._recorder.pull(logp, cotangents, strata, totals)
         else:
-            pulled = per_response(logp, cotangents, self._parameters, strata)
+            pulled = per_response(logp, cotangents, self._parameters, strata, totals)
             backward_others(logp, cotangents, self._others)
-        for stream, totals in zip(streams, pulled.totals, strict=True):
-            mine = self._totals[stream]
-            for name, total in totals.items():
-                mine[name] = mine[name].add_(total) if name in mine else total
         scatter = self._sums.scatter(streams, pulled, ids)
         self._scatter = scatter if self._scatter is None else pcr_core.merge(self._scatter, scatter)
 
@@ -346,6 +358,14 @@ class PCR:
                     parameter.grad = torch.zeros_like(parameter)
                 tensors.append(parameter.grad)
         average(tensors, self._ranks)
+
+    def _refuse_torn(self) -> None:
+        if self._torn:
+            raise RuntimeError(
+                "an earlier accumulate() ended within its backward passes (out of memory, an interrupt, an error in "
+                "them), and left a part of that micro-batch in the gradients. Call discard() and zero the gradients, "
+                "then take the step's micro-batches again"
+            )
 
     def _refuse_hooked(self) -> None:
         for name, parameter in self.model.named_parameters():

@@ -13,21 +13,20 @@ import torch
 from torch import Tensor, nn
 
 PAIRS = {1: ((0, 0),), 2: ((0, 0), (1, 1), (0, 1))}
+Total = dict[str, Tensor]  # a stream's gradient of each block parameter; absent where that was not used
 _CHUNK = 1 << 16  # float64 copies of a chunk stay in a cache, and in memory that malloc need not ask for each time
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """What one micro-batch contributes, for one stream or for two that share their responses.
+    """Inner products of what one micro-batch contributes, for one stream or for two that share their responses.
 
     Attributes:
-        totals: per stream, the gradient of each block parameter, by name; absent where the parameter was not used.
         response: (pairs, n, parameters) float64, inner products of each response's contributions to each parameter; the
             pairs of streams are (0, 0), or (0, 0), (1, 1), (0, 1).
         stratum: (pairs, q, parameters) the same for each stratum's summed contribution.
     """
 
-    totals: tuple[dict[str, Tensor], ...]
     response: Tensor
     stratum: Tensor
 
@@ -58,6 +57,7 @@ def per_response(
     cotangents: Sequence[Tensor],
     parameters: dict[str, nn.Parameter],
     strata: Sequence[Sequence[int]],
+    totals: Sequence[Total],
 ) -> Pulled:
     """One backward pass per response and stream; keeps the graph.
 
@@ -66,13 +66,13 @@ def per_response(
         cotangents: one or two of shape (n, T).
         parameters: the block parameters by name.
         strata: rows of each stratum; together they are all rows.
+        totals: per stream; what the micro-batch contributes is added to them.
     """
     names, leaves = list(parameters), list(parameters.values())
     pairs = PAIRS[len(cotangents)]
     dtype = wide_dtype(logp.device)
     response = torch.zeros(len(pairs), logp.shape[0], len(names), dtype=dtype, device=logp.device)
     stratum = torch.zeros(len(pairs), len(strata), len(names), dtype=dtype, device=logp.device)
-    totals: tuple[dict[str, Tensor], ...] = tuple({} for _ in cotangents)
     for q, rows in enumerate(strata):
         sums: list[dict[int, Tensor]] = [{} for _ in cotangents]
         for i in rows:
@@ -99,8 +99,13 @@ def per_response(
                     stratum[pair, q, k] = inner(sums[a][k], sums[b][k])
             for stream, total in enumerate(totals):
                 if k in sums[stream]:
-                    total[name] = total[name] + sums[stream][k] if name in total else sums[stream][k]
-    return Pulled(totals, response, stratum)
+                    add_total(total, name, sums[stream][k])
+    return Pulled(response, stratum)
+
+
+def add_total(total: Total, name: str, part: Tensor) -> None:
+    """In the memory of what is there, else in that of `part`."""
+    total[name] = total[name].add_(part) if name in total else part
 
 
 def backward_others(logp: Tensor, cotangents: Sequence[Tensor], others: Sequence[nn.Parameter]) -> None:

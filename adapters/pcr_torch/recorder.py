@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from pcr_torch.distributed import kept_whole, local, reduce_scatter
 from pcr_torch.probe import install, layout, remove
 from pcr_torch.products import WORKSPACE, Products, bias_products, in_range, matrix_gradient, weight_products
-from pcr_torch.pullback import PAIRS, Pulled, total_dtype, wide_dtype
+from pcr_torch.pullback import PAIRS, Pulled, Total, add_total, total_dtype, wide_dtype
 from pcr_torch.rows import row_shares, share_of
 from pcr_torch.segments import Segment, back, ends, segments, whole
 
@@ -66,17 +66,25 @@ class Recorder:
         for module in self._modules.values():
             remove(module)
 
-    def pull(self, logp: Tensor, cotangents: Sequence[Tensor], strata: Sequence[Sequence[int]]) -> Pulled:
-        """Backward passes over logp's graph (freed at the end); other parameters' gradients go to their .grad."""
+    def pull(
+        self,
+        logp: Tensor,
+        cotangents: Sequence[Tensor],
+        strata: Sequence[Sequence[int]],
+        totals: Sequence[Total],
+    ) -> Pulled:
+        """Backward passes over logp's graph (freed at the end).
+
+        Streams' gradients of block parameters are added to `totals` where they arise, those of others to their .grad.
+        """
         pairs = PAIRS[len(cotangents)]
         dtype = wide_dtype(logp.device)
         shape = (len(pairs), logp.shape[0], len(self._index))
         self._pulled = Pulled(
-            tuple({} for _ in cotangents),
             torch.zeros(shape, dtype=dtype, device=logp.device),
             torch.zeros((len(pairs), len(strata), len(self._index)), dtype=dtype, device=logp.device),
         )
-        self._strata = strata
+        self._strata, self._totals = strata, totals
         before = {name: _version(p.grad) for name, p in self._parameters.items()}
         try:
             self._through(logp, cotangents)
@@ -89,7 +97,7 @@ class Recorder:
             self._kept.clear()
             self._seen.clear()
             self._lowest, self._shares = (), {}
-            del self._pulled
+            del self._pulled, self._totals
 
     def _through(self, logp: Tensor, cotangents: Sequence[Tensor]) -> None:
         """The streams' backward passes, segment by segment; as one above what mixes rows, and below the blocks."""
@@ -195,8 +203,8 @@ class Recorder:
             found = in_range(products, dys)
             self._pulled.response[:, :, self._index[name]] = found.response
             self._pulled.stratum[:, :, self._index[name]] = found.stratum
-            for total, part in zip(self._pulled.totals, found.totals, strict=True):
-                total[name] = reduce_scatter(part.to(total_dtype(parameter)), parameter)
+            for total, part in zip(self._totals, found.totals, strict=True):
+                add_total(total, name, reduce_scatter(part.to(total_dtype(parameter)), parameter))
 
 
 def _version(grad: Tensor | None) -> tuple[int, int] | None:

@@ -13,9 +13,9 @@ from pcr_core import BlockStatistics, Scatter
 from pcr_torch.blocks import Block
 from pcr_torch.combine import gradient_products
 from pcr_torch.distributed import Ranks
-from pcr_torch.pullback import Pulled, inner, wide_dtype
+from pcr_torch.pullback import Pulled, Total, inner, wide_dtype
 
-Totals = tuple[dict[str, Tensor], dict[str, Tensor]]
+Totals = tuple[Total, Total]
 
 
 @dataclass(frozen=True)

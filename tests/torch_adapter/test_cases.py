@@ -455,5 +455,5 @@ def test_reentrant_checkpointing_is_refused_in_the_loop() -> None:
         logp = data.logp(model)
         with pytest.raises(RuntimeError, match="use_reentrant"):
             method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
-    with pytest.raises(RuntimeError, match="before accumulate"):
+    with pytest.raises(RuntimeError, match="discard"):
         method.resolve()

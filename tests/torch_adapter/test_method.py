@@ -364,6 +364,31 @@ def test_discard_forgets_what_is_not_in_grad() -> None:
 
 
 @pytest.mark.parametrize("norms", ["fast", "loop"])
+def test_half_a_micro_batch_is_never_resolved(norms: Any) -> None:
+    """An error in a backward pass leaves a part of the micro-batch in the totals and in the others' gradients."""
+    model = tiny_model("llama")
+    method = PCR(model, rule=pcr_core.GRPO(), norms=norms)
+    expected = gradients_of_a_step(model, method)
+    accumulate(model, method)
+    logp = batch().logp(model)
+
+    def fail(gradient: Tensor) -> None:
+        raise MemoryError
+
+    below = model.get_parameter("model.embed_tokens.weight").register_hook(fail)
+    with pytest.raises(MemoryError):
+        method.accumulate(logp, batch().objective(logp), group_ids=batch().group_ids)
+    below.remove()
+    for call in (lambda: accumulate(model, method), method.resolve, method.state_dict):
+        with pytest.raises(RuntimeError, match="ended within its backward passes"):
+            call()
+    method.discard()
+    model.zero_grad()
+    assert_same(gradients_of_a_step(model, method), expected, rtol=0.0)
+    method.remove()
+
+
+@pytest.mark.parametrize("norms", ["fast", "loop"])
 def test_hooks_on_parameters_run_or_are_refused(norms: Any) -> None:
     model = tiny_model("llama")
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
