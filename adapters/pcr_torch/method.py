@@ -128,8 +128,9 @@ class PCR:
         recorder = Recorder(self.model, self._parameters, workspace)
         if norms == "fast" and recorder.uncovered:
             raise ValueError(
-                f"norms='fast' measures plain linear layers only, and {recorder.uncovered[0]} is in none, or tied "
-                f"({len(recorder.uncovered)} such parameters); use norms='loop' or other blocks"
+                f"norms='fast' measures plain linear layers only, and {recorder.uncovered[0]} is in none, or tied, or "
+                f"its layer has a forward of its own, such as accelerate's hooks ({len(recorder.uncovered)} such "
+                "parameters); use norms='loop' or other blocks"
             )
         if self._sharded and (norms == "loop" or recorder.uncovered):
             raise ValueError(

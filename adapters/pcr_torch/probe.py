@@ -19,12 +19,12 @@ class Receiver(Protocol):
     """Who forms the gradients of probed layers."""
 
     def arrived(
-        self, path: str, x: Tensor | None, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
+        self, node: Any, x: Tensor | None, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, where `wanted` and autograd's to have.
 
         Args:
-            path: name of the layer.
+            node: the call's, in autograd's graph; its `path` is the name of the layer.
             x: (..., in) its input; None where neither weight nor bias is trained.
             weight: as stored.
             dy: (..., out) gradient of its output.
@@ -33,7 +33,9 @@ class Receiver(Protocol):
 
 
 def layout(module: nn.Module) -> Layout | None:
-    """How a plain linear layer stores its weight; None for any other module."""
+    """How a plain linear layer stores its weight; None for any other module, and for one with a forward of its own."""
+    if "forward" in module.__dict__ and not _is_probed(module):
+        return None
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return "out_in"
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
@@ -47,7 +49,12 @@ def install(module: nn.Module, receiver: Receiver, path: str) -> None:
 
 
 def remove(module: nn.Module) -> None:
-    module.__dict__.pop("forward", None)
+    if _is_probed(module):  # else somebody has wrapped the probe, and keeps it
+        del module.__dict__["forward"]
+
+
+def _is_probed(module: nn.Module) -> bool:
+    return hasattr(getattr(module.__dict__.get("forward"), "__func__", None), "probes")
 
 
 def _probed(receiver: Receiver, path: str, *, transposed: bool) -> Any:
@@ -61,7 +68,9 @@ def _probed(receiver: Receiver, path: str, *, transposed: bool) -> Any:
 
     # a compiled graph would freeze the probe in the state it had when it was traced
     why = "the probes of PCR's fast path run uncompiled; for fullgraph=True use norms='loop'"
-    return torch.compiler.disable(forward, reason=why)  # type: ignore[no-untyped-call]
+    probed = torch.compiler.disable(forward, reason=why)  # type: ignore[no-untyped-call]
+    probed.probes = path
+    return probed
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -88,5 +97,5 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x, weight = ctx.saved_tensors
-        found = ctx.receiver.arrived(ctx.path, x, weight, grad_outputs[0], ctx.needs_input_grad[:3])
+        found = ctx.receiver.arrived(ctx, x, weight, grad_outputs[0], ctx.needs_input_grad[:3])
         return *found, None, None, None

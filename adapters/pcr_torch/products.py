@@ -120,20 +120,29 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _single(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t.resolve_neg()
 
 
 def _gram(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], transposed: bool) -> Products:
     pairs = PAIRS[len(dys)]
     wide = wide_dtype(x.device)
     tokens, outputs = _single(x), [_single(dy) for dy in dys]
-    gram = tokens @ tokens.mT
-    response = torch.stack([(gram * (outputs[a] @ outputs[b].mT)).to(wide).sum(dim=(1, 2)) for a, b in pairs])
+    # squares of either factor may leave float32 where those of the gradient do not
+    scales = [_scale(t) for t in (tokens, *outputs)]
+    x_near, *near = ((t / scale).to(t.dtype) for t, scale in zip((tokens, *outputs), scales, strict=True))
+    x_scale, *factors = (scale.to(wide) for scale in scales)
+    gram = x_near @ x_near.mT
+    response = torch.stack(
+        [
+            (gram * (near[a] @ near[b].mT)).to(wide).sum(dim=(1, 2)) * (x_scale**2 * factors[a] * factors[b])
+            for a, b in pairs
+        ]
+    )
     stratum: list[Tensor] = []
     totals: list[Tensor] = []
     for rows in strata:
         part = list(rows)
-        sums = [_single(matrix_gradient(x[part], dy[part], transposed=transposed)) for dy in dys]
+        sums = [matrix_gradient(tokens[part], dy[part], transposed=transposed) for dy in outputs]
         stratum.append(torch.stack([inner(sums[a], sums[b]) for a, b in pairs]))
         totals = _add(totals, sums) if totals else sums
     return Products(totals, response, torch.stack(stratum, dim=1))

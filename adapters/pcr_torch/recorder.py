@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor
 
 from pcr_torch.distributed import kept_whole, local, reduce_scatter
@@ -41,7 +42,7 @@ class Recorder:
         self._kept: dict[str, Tensor] = {}  # gradients of layers' outputs after the first pass
         self._shares: Mapping[str, Tensor] = {}  # of the streams in what comes to a layer in a pass of both
         self._seen: set[tuple[str, str]] = set()
-        self._lowest: Collection[str] = ()  # layers whose input's gradient is wanted of the streams' sum alone
+        self._lowest: Collection[Node] = ()  # calls whose input's gradient is wanted of the streams' sum alone
         # FSDP schedules its gathering by whole backward passes
         self._sharded = any(isinstance(p, DTensor) for p in parameters.values())
         self._modules: dict[str, nn.Module] = {}
@@ -50,7 +51,8 @@ class Recorder:
         names = {id(p): name for name, p in parameters.items()}
         uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
         for path, module in model.named_modules():
-            mine = {at: names[id(p)] for at, p in module.named_parameters(recurse=False) if id(p) in names}
+            held = {at: getattr(module, at, None) for at in ("weight", "bias")}
+            mine = {at: names[id(p)] for at, p in held.items() if id(p) in names}
             if layout(module) is not None and (mine or cast(Tensor, module.weight).requires_grad):
                 self._modules[path] = module
                 self._members[path] = mine
@@ -102,6 +104,8 @@ class Recorder:
     def _through(self, logp: Tensor, cotangents: Sequence[Tensor]) -> None:
         """The streams' backward passes, segment by segment; as one above what mixes rows, and below the blocks."""
         chain = whole() if self._sharded else segments(logp)
+        for segment in chain:
+            self._refuse_reordered(segment.rows or {}, logp.shape)
         held = [segment.leaves for segment in chain]
         ours = {id(parameter) for parameter in self._parameters.values()}
         # blocks that are not seen may hide in a node that keeps its graph to itself, as reentrant checkpointing does
@@ -140,13 +144,14 @@ class Recorder:
                 )
 
     def arrived(
-        self, path: str, x: Tensor | None, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
+        self, node: Any, x: Tensor | None, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `probe.Receiver`. Of block parameters autograd gets nothing.
 
         A layer outside the blocks that is called several times is kept in its first call only (both passes come to the
         calls in one order), the others are differentiated in either pass as autograd would.
         """
+        path: str = node.path
         transposed = layout(self._modules[path]) == "in_out"
         members: Mapping[str, str] = {} if self._pass == "off" else self._members[path]
         again = self._seen_again(path)
@@ -156,14 +161,14 @@ class Recorder:
             self._kept[path] = dy
             if not wanted[0]:
                 return None, None, None
-            if path not in self._lowest:
+            if node not in self._lowest:
                 return _input_gradient(dy, weight, transposed), None, None
             # zeros and not None, with which hooks below would be called
             return dy.new_zeros(*dy.shape[:-1], weight.shape[0 if transposed else 1]), None, None
         kept = None if again else self._kept.pop(path, None)
         dys = (dy,) if kept is None else (kept, dy)
         left = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want and name not in members]
-        merged = wanted[0] and path in self._lowest
+        merged = wanted[0] and node in self._lowest
         total = _total(dys) if left or merged else dy
         dx = _input_gradient(total if merged else dy, weight, transposed) if wanted[0] else None
         if members:
@@ -180,6 +185,20 @@ class Recorder:
         again = bool(passes & self._seen)
         self._seen |= passes
         return again
+
+    def _refuse_reordered(self, rows: Mapping[str, Tensor], shape: torch.Size) -> None:
+        """`rows` are known above the last attention only, and none of theirs may belong to another response."""
+        place = torch.arange(shape[0])[:, None]
+        for path, mine in rows.items():
+            if self._members[path] and mine.ndim == 2 and len(mine) == shape[0]:
+                owner = torch.where(mine < shape.numel(), mine // shape[1], place.to(mine.device)).cpu()
+                if not owner.equal(place.expand_as(owner)):
+                    row = int((owner != place).any(dim=1).nonzero()[0])
+                    raise ValueError(
+                        f"{path} gets responses in another order than that of logp: row {row} of its input belongs to "
+                        f"response {int(owner[row].max())}. Put logp, cotangents and group_ids in the order of the "
+                        "forward pass, or use PCR(..., norms='loop')"
+                    )
 
     def _refuse_unmeasurable(self, path: str, x: Tensor | None, again: bool) -> None:
         if again:

@@ -113,8 +113,10 @@ class Rows:
             return [rows] * len(shapes) if within and all(_starts(s, lead) for s in shapes) else None
         if kind in _RESHAPING:
             return self._reshaped(rows, first)
-        if kind == "Index":
-            return self._indexed(node, rows, first)
+        if kind == "Index" and len(node._saved_indices) == 1 and node._saved_indices[0] is not None:
+            return self._indexed(node._saved_indices[0], rows, first)
+        if kind == "IndexSelect" and node._saved_dim == 0:
+            return self._indexed(node._saved_index, rows, first)
         return None
 
     def _reshaped(self, rows: Tensor, shape: Shape) -> Below | None:
@@ -134,13 +136,18 @@ class Rows:
         whole[(slice(None),) * node._saved_dim + (slice(start, end, node._saved_step),)] = rows
         return whole
 
-    def _indexed(self, node: Any, rows: Tensor, shape: Shape) -> Below | None:
-        """Rows that a mask has chosen."""
-        mask = node._saved_indices[0]
-        if len(node._saved_indices) > 1 or mask is None or mask.dtype != torch.bool or rows.ndim != 1:
-            return None
-        whole = self._nowhere(shape[: mask.ndim])
-        whole[mask] = rows
+    def _indexed(self, chosen: Tensor, rows: Tensor, shape: Shape) -> Below | None:
+        """Rows that a mask has chosen, or their numbers, in any order but none of them twice."""
+        if chosen.dtype == torch.bool:
+            if rows.ndim != 1:
+                return None
+            whole = self._nowhere(shape[: chosen.ndim])
+        else:
+            chosen = chosen % shape[0]  # from the end too
+            if chosen.ndim != 1 or len(chosen.unique()) < len(chosen):
+                return None
+            whole = self._nowhere((shape[0], *rows.shape[1:]))
+        whole[chosen] = rows
         return [whole]
 
     def _scattered(self, node: Any, rows: Tensor, shapes: Sequence[Shape | None]) -> Below | None:

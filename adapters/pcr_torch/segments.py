@@ -2,7 +2,8 @@
 
 Two backward passes over the whole graph would keep every activation alive through the first, and every output gradient
 that the second needs as well. Segment by segment, memory is freed once both streams have left it, as in an ordinary
-backward pass; and below the lowest segment with blocks the streams go on as one.
+backward pass (but for what its last node saved: a sum saves nothing); and below the lowest segment with blocks the
+streams go on as one.
 
 A segment ends at a node that all of the graph above runs through: in a transformer the sums of the residual stream,
 before and after attention. They are found by going over the graph in autograd's order: when a node is taken while no
@@ -13,7 +14,6 @@ each backward pass is over the whole graph.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -136,12 +136,11 @@ def back(segment: Segment, output: Tensor, gradients: Sequence[Tensor], *, keep:
     raise RuntimeError("a backward pass did not arrive at the end of its segment")
 
 
-def ends(segment: Segment, output: Tensor, leaves: Collection[int]) -> frozenset[str]:
-    """Names of probed layers from whose input the segment leads to none of `leaves` (ids of tensors)."""
+def ends(segment: Segment, output: Tensor, leaves: Collection[int]) -> frozenset[Node]:
+    """Calls of probed layers from whose input the segment leads to none of `leaves` (ids of tensors)."""
     starts = [output.grad_fn] if segment.roots is None else [edge.node for edge in segment.roots]
     leads: dict[Node, bool] = {}
-    calls: Counter[str] = Counter()
-    found: set[str] = set()
+    found: set[Node] = set()
     waiting = [(cast(Node, node), False) for node in starts]
     while waiting:
         node, known = waiting.pop()
@@ -156,11 +155,10 @@ def ends(segment: Segment, output: Tensor, leaves: Collection[int]) -> frozenset
             continue
         leads[node] = any(leads[each] for each in after)
         if is_probe(node):
-            calls[cast(Any, node).path] += 1
             below = node.next_functions[0][0]
-            if below is not None and not leads[below]:
-                found.add(cast(Any, node).path)
-    return frozenset(path for path in found if calls[path] == 1)
+            if below is not None and not leads.get(below, False):  # what is below the segment was not visited
+                found.add(node)
+    return frozenset(found)
 
 
 class _Arrived(Exception):

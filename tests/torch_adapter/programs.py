@@ -45,6 +45,7 @@ MIXING: dict[str, Step] = {
     "rolled": lambda p, x: x.roll(1, 1),
     "so far": lambda p, x: x.cumsum(1),
     "permuted": lambda p, x: x[:, torch.arange(x.shape[1] - 1, -1, -1)],
+    "tokens selected": lambda p, x: x.index_select(1, torch.arange(x.shape[1] - 1, -1, -1)),
     "regrouped": lambda p, x: _norm(x.reshape(x.shape[0], -1)).view(x.shape),
     "attention": lambda p, x: x + (x @ x.mT).softmax(-1) @ x,
     "tokens through a layer": lambda p, x: x + p.linear(x.mT).mT if x.shape[1] == x.shape[2] else x.flip(1),
@@ -103,6 +104,9 @@ ENDS: dict[str, Step] = {
     "filled": lambda p, x: x.sum(-1).masked_fill(p.mask, 0.0),
     "open slice": lambda p, x: torch.ops.aten.slice.Tensor(x, 1, None, None).sum(-1),
     "scattered onto one row": lambda p, x: x[:1, :, 0].masked_scatter(p.mask, x[p.mask].sum(-1)),
+    "reordered": lambda p, x: p.linear(x)[torch.arange(-1, -x.shape[0] - 1, -1)].sum(-1),
+    "selected": lambda p, x: p.linear(x).sum(-1).index_select(0, torch.arange(x.shape[0] - 1, -1, -1)),
+    "first twice": lambda p, x: p.linear(x)[torch.tensor([*range(x.shape[0]), -x.shape[0]])].sum(-1),
     "chosen twice": lambda p, x: x.flatten(0, 1)[torch.zeros(x[..., 0].numel(), dtype=torch.int64)].sum(-1)[None],
     "through layers": lambda p, x: p.linear(torch.tanh(p.linear(torch.tanh(x.sum(1))))),
 }

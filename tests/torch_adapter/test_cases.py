@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from problems import Batch, batch, tiny_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import pcr_core
@@ -182,6 +184,67 @@ def test_tied_linear_layers_take_the_loop() -> None:
     assert_batch_right(method, batch())
 
 
+# -- layers that are not quite plain -----------------------------------------------------------------------------------
+
+
+def twice(module: nn.Module) -> None:
+    """A forward of the object's own, as accelerate's hooks set it."""
+    add_hook_to_module(module, Twice())
+
+
+class Twice(ModelHook):  # type: ignore[misc]
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        return 2 * output
+
+
+def tripled(module: nn.Module) -> None:
+    module.forward = lambda x: 3 * nn.functional.linear(x, module.weight, module.bias)  # type: ignore[assignment, arg-type]
+
+
+def anchored(module: nn.Module) -> None:
+    """A parameter that its forward does not use, of the weight's shape."""
+    module.anchor = nn.Parameter(module.weight.detach().clone())  # type: ignore[operator, union-attr]
+
+
+def pruned(module: nn.Module) -> None:
+    prune.random_unstructured(module, "weight", 0.5)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("change", [twice, tripled, anchored, pruned])
+def test_a_layer_that_only_looks_plain_takes_the_loop(change: Callable[[nn.Module], None]) -> None:
+    model, data = Small(), batch()
+    change(model.layers[1])
+    before = data.logp(model).detach()
+    method = PCR(model, blocks="layers", rule=RULE)
+    assert method.norms == "loop"
+    with pytest.raises(ValueError, match=r"norms='fast' measures plain linear layers only, and layers\.1\."):
+        PCR(model, blocks="layers", norms="fast")
+    assert_batch_right(method, data)
+    method.remove()
+    torch.testing.assert_close(data.logp(model).detach(), before, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("change", [twice, tripled])
+def test_a_forward_of_its_own_outside_the_blocks_is_kept(change: Callable[[nn.Module], None]) -> None:
+    model, data = Small(), batch()
+    change(model.head)
+    before = data.logp(model).detach()
+    method = PCR(model, blocks=r"layers.*weight", norms="fast", rule=RULE)
+    assert_batch_right(method, data)
+    method.remove()
+    assert "forward" not in model.layers[0].__dict__
+    torch.testing.assert_close(data.logp(model).detach(), before, rtol=0.0, atol=0.0)
+
+
+def test_a_forward_put_around_a_probe_outlives_it() -> None:
+    model, data = Small(), batch()
+    method = PCR(model, blocks=r"layers.*weight", norms="fast", rule=RULE)
+    twice(model.head)
+    changed = data.logp(model).detach()
+    method.remove()
+    torch.testing.assert_close(data.logp(model).detach(), changed, rtol=0.0, atol=0.0)
+
+
 # -- padding and packing -------------------------------------------------------------------------------------------
 
 
@@ -234,6 +297,26 @@ def test_packed_rows_are_refused_on_the_fast_path_and_right_in_the_loop() -> Non
     assert_right(PCR(model, norms="loop", rule=RULE), lp, data.objective(lp), data.group_ids, rows=rows)
     with pytest.raises(ValueError, match=r"logp: expected a tensor \(responses, tokens\)"):
         PCR(model, norms="loop").accumulate(lp.flatten(), data.objective(lp), group_ids=data.group_ids)
+
+
+@pytest.mark.parametrize("select", [lambda t, order: t[order], lambda t, order: t.index_select(0, order)])
+def test_a_batch_in_another_order_is_refused_on_the_fast_path_and_right_in_the_loop(
+    select: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Sorted by length for the forward pass, and put back."""
+    model, data = tiny_model("llama"), batch()
+    order = data.mask.sum(1).argsort()
+
+    def logp() -> Tensor:
+        return select(data.rows(order.tolist()).logp(model), order.argsort())
+
+    method = PCR(model, norms="fast")
+    lp = logp()
+    with pytest.raises(ValueError, match=r"another order than that of logp: row 1 of its input belongs to response 2"):
+        method.accumulate(lp, data.objective(lp), group_ids=data.group_ids)
+    method.remove()
+    lp = logp()
+    assert_right(PCR(model, norms="loop", rule=RULE), lp, data.objective(lp), data.group_ids)
 
 
 # -- frozen parameters ---------------------------------------------------------------------------------------------

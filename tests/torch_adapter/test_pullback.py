@@ -209,6 +209,39 @@ def test_products_leave_out_tokens_without_gradient(transposed: bool, monkeypatc
     assert bool(broken.response[:, [0, 1, 3, 4]].isfinite().all())
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+def test_token_grams_of_half_precision_are_of_the_same_numbers_as_their_sums(transposed: bool) -> None:
+    """The variance is the small difference of the two where responses nearly agree."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(1, 3, k, generator=generator) for k in (24, 32))
+    x, dy = ((t + 0.01 * torch.randn(8, *t.shape[1:], generator=generator)).bfloat16() for t in (x, dy))
+    got = _gram(x, [dy], [list(range(8))], transposed)
+    g = torch.einsum("nto,nti->noi", dy.double(), x.double()).flatten(1)
+    expected = (g - g.mean(0)).square().sum() / 7
+    torch.testing.assert_close((got.response.sum() - got.stratum.sum() / 8) / 7, expected, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("exponent", [-25, -20, -19, -12, 0, 12, 18, 20, 25])
+def test_factors_far_from_one_keep_their_products(exponent: int) -> None:
+    """Of token Grams too, whose squares leave float32 where those of the gradient do not."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy, dz = (torch.randn(4, 3, k, generator=generator) for k in (24, 32, 32))
+    expected = _gram(x, [dy, dz], [[0, 1], [2, 3]], False)
+    far = [(10.0**-exponent * d.double()).float() for d in (dy, dz)]
+    got = _gram((10.0**exponent * x.double()).float(), far, [[0, 1], [2, 3]], False)
+    torch.testing.assert_close(got.response, expected.response, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got.stratum, expected.stratum, rtol=1e-5, atol=1e-4)
+
+
+def test_an_input_that_is_negated_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "prefers_gram", lambda *_: False)
+    x = torch.fft.fft(torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(0))).conj().imag
+    assert x.is_neg()
+    dy = torch.randn(3, 7, 9)
+    got, expected = (weight_products(t, [dy], [[0, 1, 2]], transposed=False) for t in (x, x.resolve_neg()))
+    torch.testing.assert_close(got.totals, expected.totals)
+
+
 def test_the_cheaper_way_is_taken() -> None:
     assert prefers_gram(length=16, features=512, outputs=1536, streams=2)
     assert not prefers_gram(length=128, features=512, outputs=1536, streams=2)

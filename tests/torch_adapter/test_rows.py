@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -48,8 +49,9 @@ class Watch:
         self.dys: dict[str, Tensor] = {}
 
     def arrived(
-        self, path: str, x: Tensor | None, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
+        self, node: Any, x: Tensor | None, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        path: str = node.path
         self.dys[path] = self.dys.get(path, 0) + dy
         matrix = weight.to(dy.dtype)
         return dy @ (matrix.T if layout(self.layers[path]) == "in_out" else matrix), torch.zeros_like(weight), None
@@ -199,7 +201,17 @@ def test_what_mixes_rows_is_never_claimed(shape: tuple[int, int, int], mixing: s
     assert not found & {"layers.0", "layers.1"}  # below it
 
 
-@pytest.mark.parametrize("end", ["sum", "gather", "later", "every other", "flat", "masked", "filled"])
+@pytest.mark.parametrize("end", ["first twice", "chosen twice", "scattered onto one row"])
+def test_ends_that_mix_rows_claim_none(end: str) -> None:
+    model = program((2, 3, 4), [("linear", True)], end)
+    with watched(model) as watch:
+        logp = model()
+        assert not assert_rows_are_apart(segments(logp), logp, watch)
+
+
+@pytest.mark.parametrize(
+    "end", ["sum", "gather", "later", "every other", "flat", "masked", "filled", "reordered", "selected"]
+)
 def test_what_keeps_rows_apart_is_claimed(end: str) -> None:
     model = program((2, 3, 4), [(name, True) for name in APART], end)
     with watched(model) as watch:

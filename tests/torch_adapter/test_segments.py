@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from test_pullback import (
     assert_statistics_close,
     assert_sum_equals_backward,
     pull,
+    resolved,
 )
 from torch import Tensor, nn
 
@@ -58,9 +59,9 @@ def test_two_passes_only_between_the_last_attention_and_the_lowest_block(
     visited: list[str] = []
     arrived = Recorder.arrived
 
-    def counted(self: Recorder, path: str, *args: Any) -> Any:
-        visited.append(path)
-        return arrived(self, path, *args)
+    def counted(self: Recorder, node: Any, *args: Any) -> Any:
+        visited.append(node.path)
+        return arrived(self, node, *args)
 
     monkeypatch.setattr(Recorder, "arrived", counted)
     pull(model, data, "fast", blocks=blocks)
@@ -70,18 +71,76 @@ def test_two_passes_only_between_the_last_attention_and_the_lowest_block(
         assert {visited.count(path) for path in layers} == {count}, part
 
 
+def paths(calls: Collection[Any]) -> set[str]:
+    return {node.path for node in calls}
+
+
 def test_of_the_lowest_blocks_only_the_sum_goes_on() -> None:
     model = tiny_model("llama")
     method = PCR(model, norms="fast")
     ours = {id(p) for name, p in model.named_parameters() if "layers.1.mlp" in name}
     logp = batch().logp(model)
-    found = [ends(segment, logp, ours) for segment in segments(logp) if ours & segment.leaves]
-    in_whole = ends(Segment(None, None), logp, ours)
+    found = [paths(ends(segment, logp, ours)) for segment in segments(logp) if ours & segment.leaves]
+    in_whole = paths(ends(Segment(None, None), logp, ours))
     method.remove()
     assert found == [{f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj")}]
     assert found[0] <= in_whole
     assert "model.layers.1.mlp.down_proj" not in in_whole
     assert "lm_head" not in in_whole
+
+
+class SharedUp(nn.Module):
+    """A layer in no block that all others share: in the lowest of them alone only the streams' sum goes on from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 6)
+        self.up = nn.Linear(6, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 6) for _ in range(3))
+        self.head = nn.Linear(6, 31)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for down in self.layers:
+            hidden = (hidden + down(torch.tanh(self.up(hidden)))).cumsum(1) / 3  # in attention's place
+        out: Tensor = self.head(hidden)
+        return out
+
+
+def test_a_shared_layer_goes_on_with_both_streams_but_in_its_lowest_call() -> None:
+    torch.manual_seed(0)
+    assert_streams(SharedUp())
+
+
+class Chain(nn.Module):
+    """A chain, in which a segment ends with the layer below the lowest block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 6)
+        self.low = nn.Linear(6, 6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 31)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.low(torch.tanh(self.embed(tokens)))
+        for layer in self.layers:
+            hidden = torch.tanh(layer(hidden)).cumsum(1)
+        out: Tensor = self.head(hidden)
+        return out
+
+
+def test_the_lowest_block_may_lie_on_a_layer_frozen_meanwhile() -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    method = PCR(model, blocks=r"layers\.\d.weight", norms="fast")
+    model.low.requires_grad_(False)
+    logp, cotangents, ids = problem(model)
+    method.accumulate_cotangents(logp(), *cotangents, group_ids=ids)
+    found = method.resolve().statistics
+    method.remove()
+    expected = resolved(model, logp, cotangents, ids, blocks=r"layers\.\d.weight", norms="loop")[0]
+    assert_statistics_close(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("path", ["layers.0.post_attention_layernorm", "layers.1.post_attention_layernorm"])
