@@ -11,13 +11,15 @@ def selects(blocks: Any, name: str, parameter: Any, is_mlp: bool) -> bool | str:
 
     Raises:
         TypeError: `blocks` is neither a string nor a callable.
-        ValueError: a string that is not a regular expression.
+        ValueError: a string that is empty or not a regular expression.
     """
     if callable(blocks):
         answer = blocks(name, parameter)
         return answer if isinstance(answer, str) else bool(answer)
     if not isinstance(blocks, str):
         raise TypeError(f"blocks: expected 'mlp', 'all', a regular expression or a callable, got {blocks!r}")
+    if not blocks:
+        raise ValueError("blocks: '' would match every parameter; ask for 'all'")
     if blocks == "all":
         return True
     if blocks == "mlp":

@@ -18,7 +18,7 @@ from pcr_core.statistics import Strata
 from pcr_torch.batch import check_batch
 from pcr_torch.blocks import Granularity, Selector, select_blocks
 from pcr_torch.combine import add_combination
-from pcr_torch.distributed import average, unwrap
+from pcr_torch.distributed import average, local, unwrap
 from pcr_torch.products import WORKSPACE
 from pcr_torch.pullback import backward_others, per_response, total_dtype
 from pcr_torch.recorder import Recorder
@@ -212,7 +212,8 @@ class PCR:
             assert self._last is not None
             self._age += 1
             self._scatter = None
-            return replace(self._last, measured=False)
+            finite = self._last.weights.finite & self._gradients_finite()  # there is one block
+            return replace(self._last, weights=replace(self._last.weights, finite=finite), measured=False)
         statistics = self._sums.statistics(self._totals, self._scatter or self._sums.no_scatter())
         if isinstance(self.rule, pcr_core.PCR) and isinstance(self.rule.prior, TemporalPrior):
             weights = self._filter.weights(self.rule, statistics, self._totals)
@@ -227,6 +228,11 @@ class PCR:
         if self._every > 1:
             self._last, self._age = report, 0
         return report
+
+    def _gradients_finite(self) -> bool:
+        found = [local(p.grad).isfinite().all() for p in self._parameters.values() if p.grad is not None]
+        broken = torch.tensor([0.0 if all(found) else 1.0], dtype=torch.float64)
+        return not bool(broken if self._ranks is None else self._ranks.sum(broken))
 
     @property
     def measuring(self) -> bool:

@@ -144,7 +144,7 @@ class Rows:
             whole = self._nowhere(shape[: chosen.ndim])
         else:
             chosen = chosen % shape[0]  # from the end too
-            if chosen.ndim != 1 or len(chosen.unique()) < len(chosen):
+            if chosen.ndim != 1 or len(set(chosen.tolist())) < len(chosen):
                 return None
             whole = self._nowhere((shape[0], *rows.shape[1:]))
         whole[chosen] = rows

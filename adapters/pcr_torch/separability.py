@@ -5,11 +5,36 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
+NEITHER = "PCR resolves the gradients of a reward and a KL term of one forward pass; what belongs to neither is refused"
+_ROUNDING = 1e-4  # of sums in float32; the terms of TRL's losses agree to 1e-6
+_KERNELS = (
+    "fused kernels may overwrite in one backward pass what a second one needs, which "
+    "autograd does not notice; use the model's own layers"
+)
 SEPARABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+
+
+def refuse_beta(config: Any) -> None:
+    if not 0 < config.beta < math.inf:
+        raise ValueError(
+            "beta: PCR arbitrates between reward and KL, and TRL's default of 0 leaves no KL gradient; "
+            f"set beta > 0, such as 0.04 (got {config.beta})"
+        )
+
+
+def refuse_loss(whole: Tensor, plasticity: Tensor, stability: Tensor) -> None:
+    """ValueError where the derivatives of the reward and of the KL term do not add up to those of the whole loss."""
+    if (whole - plasticity - stability).norm() > _ROUNDING * (plasticity.norm() + stability.norm()):
+        raise ValueError(f"loss: it is more than the sum of its reward and its KL term, and {NEITHER}")
 
 
 def refuse_config(config: Any) -> None:
     """ValueError for settings of a `PCRConfig` that are known to be wrong before any model is loaded."""
+    refuse_beta(config)  # options may be set after a config was made
+    if config.enable_jit_checkpoint:
+        raise ValueError("enable_jit_checkpoint: it saves within a step, from where a run does not go on as it was")
     if config.deepspeed is not None:
         raise ValueError("deepspeed: its engine owns the backward pass and the gradients, so there is no place for two")
     if config.fp16:
@@ -19,15 +44,17 @@ def refuse_config(config: Any) -> None:
     if config.torch_compile:
         raise ValueError("torch_compile: compiled layers bypass the probes; not supported yet")
     if config.use_liger_kernel or (config.model_init_kwargs or {}).get("use_kernels"):
-        raise ValueError(
-            "model_init_kwargs, use_liger_kernel: fused kernels may overwrite in one backward pass what a second one "
-            "needs, which autograd does not notice; use the model's own layers"
-        )
+        raise ValueError(f"model_init_kwargs, use_liger_kernel: {_KERNELS}")
     optimizer = str(getattr(config.optim, "value", config.optim))
     if optimizer.endswith("layerwise") or optimizer in ("lomo", "adalomo"):
         raise ValueError(f"optim: {optimizer!r} steps within the backward pass, before the gradients are resolved")
     if config.loss_type not in SEPARABLE_LOSSES:
         raise ValueError(f"loss_type: {config.loss_type!r} is not known to be a sum of a reward and a KL term")
+    if config.per_device_train_batch_size < 2:
+        raise ValueError(
+            "per_device_train_batch_size: the variance is estimated among the responses of a micro-batch, which needs "
+            "two; accumulate fewer and larger micro-batches"
+        )
     if config.strata == "group":
         # slices of processes and of micro-batches begin at multiples of batch, groups at multiples of group, so every
         # part of a group is a multiple of their common divisor, on any number of processes
@@ -52,6 +79,11 @@ def refuse_trainer(trainer: Any) -> None:
             "parallelism_config: tensor, context and sequence parallel split a response over processes, and its "
             "gradient's norm with it; use data parallel dimensions only"
         )
+    compiler = getattr(accelerator.state, "dynamo_plugin", None)
+    if compiler is not None and compiler.backend.value != "NO":
+        raise ValueError(
+            f"dynamo_backend: {compiler.backend.value}: compiled layers bypass the probes; not supported yet"
+        )
     if trainer.args.n_gpu > 1:
         raise ValueError("DataParallel copies the model within one process; start one process a GPU")
     if str(accelerator.distributed_type.value).upper() in ("DEEPSPEED", "MEGATRON_LM"):
@@ -61,5 +93,7 @@ def refuse_trainer(trainer: Any) -> None:
         raise ValueError("mixed precision with a loss scaler (fp16) would scale one loss of two; use bf16 or float32")
     if trainer.aux_loss_enabled:
         raise ValueError("router_aux_loss_coef: the router's loss belongs to neither stream; set it to 0")
+    if getattr(trainer.model, "use_kernels", False):
+        raise ValueError(f"model: {_KERNELS}")
     if getattr(trainer.model, "is_quantized", False):
         raise ValueError("model: quantised weights are not supported yet; load it in bf16 or float32")

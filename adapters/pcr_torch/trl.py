@@ -16,15 +16,17 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.autograd.graph import Node
 
 import pcr_core
 from pcr_core.projection import Conflict, Gate, Update
 from pcr_core.statistics import Strata
+from pcr_torch import checkpoints
 from pcr_torch.blocks import Granularity, select_blocks
 from pcr_torch.method import PCR, Norms
 from pcr_torch.report import Report
-from pcr_torch.separability import refuse_config, refuse_trainer
+from pcr_torch.rows import is_leaf
+from pcr_torch.separability import NEITHER, refuse_beta, refuse_config, refuse_loss, refuse_trainer
 
 try:
     import trl.trainer.utils as trl_utils
@@ -34,7 +36,6 @@ except ImportError as error:
     raise ImportError("pcr_torch.trl needs TRL 1.16: pip install 'pcr-grpo[trl]'") from error
 
 _GROUP_IDS = "pcr_group_ids"
-_STATE_FILE = "pcr_state.pt"
 
 
 @dataclass
@@ -79,16 +80,12 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.make_rule()
-        if not self.beta > 0:
-            raise ValueError(
-                "beta: PCR arbitrates between reward and KL, and TRL's default of 0 leaves no KL gradient; "
-                f"set beta > 0, such as 0.04 (got {self.beta})"
-            )
+        refuse_beta(self)
         for name, options in (("granularity", Granularity), ("strata", Strata), ("norms", Norms)):
             if getattr(self, name) not in get_args(options):
                 raise ValueError(f"{name}: expected one of {get_args(options)}, got {getattr(self, name)!r}")
-        if self.every < 1:
-            raise ValueError(f"every: expected an integer >= 1, got {self.every}")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every: expected an integer >= 1, got {self.every!r}")
 
     def make_rule(self) -> pcr_core.Rule:
         """The rule these options describe; ValueError for an option that the rule does not have."""
@@ -129,6 +126,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         if not isinstance(config, PCRConfig):
             raise TypeError(f"args: expected a pcr_torch.trl.PCRConfig (with beta > 0), got {type(config).__name__}")
         refuse_config(config)
+        self._sampler: Any = None  # of prompts, in training; None for a stream of them
         super().__init__(*args, **kwargs)
         refuse_trainer(self)
         self.method: PCR | None = None
@@ -186,7 +184,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         """TRL's, but for the shuffle before the split into micro-batches: whole groups in place of responses."""
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
-        if self._step % self._cycle == 0 or self._buffered_inputs is None:
+        cycle = self.args.steps_per_generation * self.num_iterations
+        if self._step % cycle == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
             batch = trl_utils.split_pixel_values_by_grid(batch)
             batch = shuffle_groups(batch, batch[_GROUP_IDS])
@@ -208,6 +207,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         beta, metrics = self.beta, self._metrics
         try:
             loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            whole = self._shared.cotangent(loss)
             self._metrics = defaultdict(lambda: defaultdict(list))  # the next two passes are not to be logged
             still = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
             with self._unlogged():
@@ -215,6 +215,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
                 plasticity = self._shared.cotangent(super().compute_loss(model, inputs))
                 self.beta = beta
                 stability = self._shared.cotangent(super().compute_loss(model, still))
+            refuse_loss(whole, plasticity, stability)
             self._streams = (self._shared.logp, plasticity, stability, group_ids)
         finally:
             self.beta, self._metrics, self._shared = beta, metrics, None
@@ -236,70 +237,50 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         # Trainer.training_step ends in accelerator.backward(loss), with no hook before it
         with _replaced(self.accelerator, backward=self._accumulate):
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            assert self.method is not None
-            self.last_report = self.method.resolve()
-            logged = self.last_report.metrics()
-            if self.args.every > 1:
-                logged["pcr/measured"] = float(self.last_report.measured)
-            if self.args.log_layers:
-                logged |= self.last_report.layer_metrics()
-            for key, value in logged.items():
-                self._metrics["train"][key].append(value)
-        return loss
+            return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
 
     def _accumulate(self, loss: Tensor, **_: Any) -> None:
         assert self._streams is not None
         assert self.method is not None
+        if loss.requires_grad:
+            raise ValueError(f"compute_loss: {type(self).__name__} adds a term to the loss, and {NEITHER}")
         logp, plasticity, stability, group_ids = self._streams
         self._streams = None
         self.method.accumulate_cotangents(logp, plasticity, stability, group_ids=group_ids)
+        if self.accelerator.sync_gradients:
+            self._resolve(self.method)
+
+    def _resolve(self, method: PCR) -> None:
+        self.last_report = method.resolve()
+        logged = self.last_report.metrics()
+        if self.args.every > 1:
+            logged["pcr/measured"] = float(self.last_report.measured)
+        if self.args.log_layers:
+            logged |= self.last_report.layer_metrics()
+        for key, value in logged.items():
+            self._metrics["train"][key].append(value)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        assert self.method is not None
-        state = _whole(self.method.state_dict())  # of shards a collective call
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        os.makedirs(folder, exist_ok=True)
         # before the rest: at its end the trainer deletes older checkpoints, which a kill until then must find
-        if self.args.should_save:
-            torch.save(state, os.path.join(folder, _STATE_FILE))
-        if self._step % self._cycle:  # TRL keeps neither: resumed here, it would sample anew, and out of step
-            torch.save({"step": self._step, "batches": self._buffered_inputs}, self._rollouts(folder))
+        checkpoints.save(self, os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
 
-    def _rollouts(self, folder: str) -> str:
-        """Of each process, the generation batch that a checkpoint within its use has to keep."""
-        index, count = self.accelerator.process_index, self.accelerator.num_processes
-        return os.path.join(folder, f"pcr_rollouts_{index}_of_{count}.pt")
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
 
-    @property
-    def _cycle(self) -> int:
-        """Micro-batches that one generation batch serves."""
-        return int(self.args.steps_per_generation * self.num_iterations)
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        epochs, steps = super()._init_training_state(*args, **kwargs)
+        checkpoints.draw_epochs(self._sampler, epochs)
+        return epochs, steps
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = os.path.join(checkpoint, _STATE_FILE)
-        if not os.path.exists(path):
-            raise ValueError(f"checkpoint: {path} is missing; {checkpoint} was not written by PCRTrainer")
-        if self.args.sync_ref_model:
-            raise ValueError("resume_from_checkpoint: TRL saves no reference model, and sync_ref_model has moved it")
-        done = self.state.global_step * self.args.gradient_accumulation_steps
-        if done % self._cycle:
-            rollouts = self._rollouts(checkpoint)
-            if not os.path.exists(rollouts):
-                raise ValueError(
-                    f"checkpoint: {rollouts} is missing. {checkpoint} lies within the use of a generation batch, which "
-                    "can be resumed on as many processes as it was saved on only"
-                )
-            kept = torch.load(rollouts, weights_only=True)
-            self._step, self._buffered_inputs = kept["step"], kept["batches"]
-        self._bind(self.model_wrapped).load_state_dict(torch.load(path, weights_only=True))
+        if checkpoint is not None:
+            state = checkpoints.load(self, checkpoint)
+            self._bind(self.model_wrapped).load_state_dict(state)
 
 
 class _SharedForward:
@@ -314,6 +295,14 @@ class _SharedForward:
         self.result = (self._leaf, None if entropies is None else entropies.detach(), aux_loss)
 
     def cotangent(self, loss: Tensor) -> Tensor:
+        """Of a loss of these log-probabilities and nothing else that is trained."""
+        waiting, seen = [cast(Node, loss.grad_fn)], set[Node]()
+        while waiting:
+            node = waiting.pop()
+            seen.add(node)
+            if is_leaf(node) and cast(Any, node).variable is not self._leaf:
+                raise ValueError(f"loss: a term of it has a forward pass of its own, and {NEITHER}")
+            waiting += [after for after, _ in node.next_functions if after is not None and after not in seen]
         return torch.autograd.grad(loss, self._leaf)[0]
 
 
@@ -329,13 +318,6 @@ def shuffle_groups(batch: dict[str, Any], group_ids: Tensor) -> dict[str, Any]:
         return value[rows.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in rows.tolist()]
 
     return {key: permute(value) for key, value in batch.items()}
-
-
-def _whole(state: Any) -> Any:
-    """A state whose sharded tensors are gathered, so that any number of processes can load it."""
-    if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
-    return {key: _whole(value) for key, value in state.items()} if isinstance(state, dict) else state
 
 
 @contextmanager

@@ -105,6 +105,23 @@ def test_what_is_not_finite_is_measured_anew() -> None:
     method.remove()
 
 
+def test_what_is_not_finite_in_a_step_between_is_reported() -> None:
+    model = lora()
+    method = one_block(model, 3)
+    assert step(model, method, 0)[0].finite
+    data = batch(n=8)
+    logp = data.logp(model)
+    bad = torch.full_like(logp, torch.nan)
+    method.accumulate_cotangents(logp, bad, bad, group_ids=data.group_ids)
+    report = method.resolve()
+    assert not report.measured
+    assert not report.finite
+    assert report.nonfinite_blocks() == ("global",)
+    assert report.metrics()["pcr/nonfinite_blocks"] == 1
+    assert step(model, method, 1)[0].finite
+    method.remove()
+
+
 def test_weights_from_before_there_was_a_stability_gradient_are_not_used_again() -> None:
     """A run starts at its reference, where S = 0 and b is 1 whatever the rule."""
     model = lora()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import trl.trainer.grpo_trainer as stock
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -24,11 +25,6 @@ from pcr_torch.trl import PCRConfig, PCRTrainer, shuffle_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GROUP = 4
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def save_model(path: Path) -> Path:
@@ -253,65 +249,6 @@ def test_evaluation_leaves_the_streams_alone(folder: Path, tmp_path: Path) -> No
     assert trainer.last_report is before
 
 
-def test_resumed_training_equals_uninterrupted(folder: Path, tmp_path: Path) -> None:
-    """With a temporal prior, whose state is in the checkpoint as well; bit for bit."""
-    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "prior": "temporal", "temperature": 1.0}
-    _, whole = train(PCRTrainer, PCRConfig, folder, tmp_path / "whole", **options)
-    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
-    assert (Path(checkpoint) / "pcr_state.pt").exists()
-    _, rest = train(PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=checkpoint, **options)
-    assert len(rest.steps) == 1
-    assert all(torch.equal(rest.steps[0][name], whole.steps[2][name]) for name in whole.steps[2])
-
-
-@pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 2}], ids=str)
-def test_resumed_while_a_generation_batch_is_in_use(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, **options}
-    _, whole = train(PCRTrainer, PCRConfig, folder, tmp_path / "whole", **settings)
-    for done in (1, 2):
-        checkpoint = tmp_path / "whole" / f"checkpoint-{done}"
-        _, rest = train(PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=str(checkpoint), **settings)
-        for got, expected in zip(rest.steps, whole.steps[done:], strict=True):
-            assert all(torch.equal(got[name], expected[name]) for name in expected)
-    (tmp_path / "whole" / "checkpoint-1" / "pcr_rollouts_0_of_1.pt").unlink()
-    with pytest.raises(ValueError, match="as many processes as it was saved on"):
-        train(
-            PCRTrainer,
-            PCRConfig,
-            folder,
-            tmp_path / "rest",
-            resume=str(tmp_path / "whole" / "checkpoint-1"),
-            **settings,
-        )
-
-
-def test_a_moved_reference_cannot_be_resumed(folder: Path, tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 1, "sync_ref_model": True, "ref_model_sync_steps": 1}
-    train(PCRTrainer, PCRConfig, folder, tmp_path, **options)
-    with pytest.raises(ValueError, match="sync_ref_model has moved it"):
-        train(PCRTrainer, PCRConfig, folder, tmp_path, resume=str(tmp_path / "checkpoint-1"), **options)
-
-
-def test_a_training_that_was_interrupted_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
-    class Interrupt(TrainerCallback):
-        def on_substep_end(self, *args: Any, **_: Any) -> None:
-            raise KeyboardInterrupt
-
-    trainer, gradients = train(
-        PCRTrainer, PCRConfig, folder, tmp_path, max_steps=1, gradient_accumulation_steps=2, learning_rate=0.0
-    )
-    interrupt = Interrupt()
-    trainer.add_callback(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    trainer.remove_callback(interrupt)
-    for _ in range(2):  # the second starts as clean as can be
-        trainer._step, trainer._buffered_inputs = 0, None
-        torch.manual_seed(5)
-        trainer.train()
-    assert all(torch.equal(gradients.steps[-2][name], g) for name, g in gradients.steps[-1].items())
-
-
 def test_amortised_steps_through_the_trainer_and_resumed_between(folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig
 
@@ -331,12 +268,6 @@ def test_amortised_steps_through_the_trainer_and_resumed_between(folder: Path, t
         PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=str(tmp_path / "whole" / "checkpoint-2"), **options
     )
     assert all(torch.equal(rest.steps[k][name], whole.steps[2 + k][name]) for k in range(2) for name in whole.steps[2])
-
-
-def test_a_checkpoint_of_another_trainer_is_refused(folder: Path, tmp_path: Path) -> None:
-    train(GRPOTrainer, GRPOConfig, folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    with pytest.raises(ValueError, match="was not written by PCRTrainer"):
-        train(PCRTrainer, PCRConfig, folder, tmp_path, resume=str(tmp_path / "checkpoint-1"), max_steps=2)
 
 
 def test_shuffle_keeps_groups_together_and_rows_aligned() -> None:
@@ -379,6 +310,8 @@ def config(**options: Any) -> PCRConfig:
         ({"rule": "fixed", "alpha": "variance"}, "alpha: expected a number"),
         ({"discount": 0.5}, "discount: only prior='temporal' has one"),
         ({"every": 0}, "every: expected an integer >= 1"),
+        ({"every": "2"}, "every: expected an integer >= 1, got '2'"),
+        ({"beta": math.inf}, "beta: PCR arbitrates between reward and KL"),
     ],
 )
 def test_bad_configurations_are_refused(options: dict[str, Any], message: str) -> None:
@@ -394,6 +327,11 @@ def test_bad_configurations_are_refused(options: dict[str, Any], message: str) -
         ({"model_init_kwargs": {"use_kernels": True}}, "fused kernels may overwrite"),
         ({"optim": "galore_adamw_layerwise"}, "steps within the backward pass"),
         ({"optim": "lomo"}, "steps within the backward pass"),
+        ({"enable_jit_checkpoint": True}, "it saves within a step"),
+        (
+            {"per_device_train_batch_size": 1, "strata": "batch", "num_generations": 2, "steps_per_generation": 2},
+            "among the responses of a micro-batch, which needs two",
+        ),
         ({"per_device_train_batch_size": 2, "num_generations": 3, "generation_batch_size": 6}, "single responses"),
     ],
 )
@@ -402,6 +340,52 @@ def test_settings_that_cannot_be_separated_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train(PCRTrainer, PCRConfig, folder, tmp_path, **options)
+
+
+def more_of_logp(self: Any, model: Any, inputs: Any) -> Any:
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    keep = inputs["completion_ids"].shape[1]
+    return 0.1 * self._get_per_token_logps_and_entropies(model, ids, mask, keep)[0].mean()
+
+
+def a_forward_pass_of_its_own(self: Any, model: Any, inputs: Any) -> Any:
+    ids = inputs["prompt_ids"]
+    return 0.1 * model(input_ids=ids, attention_mask=inputs["prompt_mask"], labels=ids).loss
+
+
+@pytest.mark.parametrize(
+    ("method", "term", "message"),
+    [
+        ("_compute_loss", more_of_logp, "it is more than the sum of its reward and its KL term"),
+        ("_compute_loss", a_forward_pass_of_its_own, "a term of it has a forward pass of its own"),
+        ("compute_loss", a_forward_pass_of_its_own, "Own adds a term to the loss"),
+    ],
+)
+def test_a_loss_with_a_term_of_its_own_is_refused(
+    method: str, term: Any, message: str, folder: Path, tmp_path: Path
+) -> None:
+    class Own(PCRTrainer):
+        pass
+
+    def with_term(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        return getattr(PCRTrainer, method)(self, model, inputs, *args, **options) + term(self, model, inputs)
+
+    setattr(Own, method, with_term)
+    with pytest.raises(ValueError, match=message):
+        train(Own, PCRConfig, folder, tmp_path)
+
+
+def test_compilers_that_accelerate_is_asked_for_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with pytest.raises(ValueError, match="dynamo_backend: EAGER: compiled layers bypass the probes"):
+        train(PCRTrainer, PCRConfig, folder, tmp_path)
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
 
 
 def test_fp16_deepspeed_and_liger_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -441,6 +425,7 @@ def test_ways_to_split_a_model_that_hide_gradients_are_refused(state: dict[str, 
         ({"scaler": object()}, "loss scaler"),
         ({"aux_loss_enabled": True}, "router's loss belongs to neither stream"),
         ({"model": SimpleNamespace(is_quantized=True)}, "quantised weights are not supported yet"),
+        ({"model": SimpleNamespace(use_kernels=True)}, "fused kernels may overwrite"),
     ],
 )
 def test_what_shows_once_the_model_is_there_is_refused(change: dict[str, Any], message: str) -> None:
@@ -465,3 +450,13 @@ def test_every_rule_has_a_configuration() -> None:
         assert isinstance(config(rule=name).make_rule(), pcr_core.Rule)
     assert config(rule="fixed", alpha="0.25").make_rule() == pcr_core.FixedAlpha(0.25)
     assert config(rule="paper", update="literal").make_rule() == pcr_core.PCR.paper(update="literal")
+
+
+def test_a_beta_set_to_zero_after_the_config_was_made_is_refused(folder: Path, tmp_path: Path) -> None:
+    class Late(PCRConfig):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.beta = 0.0
+
+    with pytest.raises(ValueError, match="beta: PCR arbitrates between reward and KL"):
+        train(PCRTrainer, Late, folder, tmp_path)

@@ -82,7 +82,7 @@ def resumed(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
     settings |= {"per_device_train_batch_size": GROUP}  # four steps an epoch: the checkpoint lies within one
     whole_run = run(PCRTrainer, PCRConfig, folder, out / "whole", **settings)
     rest = run(PCRTrainer, PCRConfig, folder, out / "rest", resume=str(out / "whole" / "checkpoint-2"), **settings)
-    prior = torch.load(out / "whole" / "checkpoint-2" / "pcr_state.pt", weights_only=True)["prior"]
+    prior = torch.load(out / "whole" / "checkpoint-2" / "pcr_state.pt", weights_only=True)["method"]["prior"]
     means = prior["stability"]["mean"]
     return {
         "expected": whole_run,

@@ -1,0 +1,103 @@
+"""What a checkpoint of `PCRTrainer` holds besides TRL's own, so that a run goes on where it was, bit for bit.
+
+TRL keeps neither the place within a generation batch nor that batch, and draws the order of prompts from a generator
+that each epoch moves on.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+_STATE_FILE = "pcr_state.pt"
+_ORDER = ("steps_per_generation", "num_iterations", "num_generations")  # what lays out the order of prompts
+_BATCH = "per_device_train_batch_size"
+
+
+def save(trainer: Any, folder: str) -> None:
+    """A collective call on several processes."""
+    state = {
+        "method": _whole(trainer.method.state_dict()),
+        "step": trainer._step,
+        "settings": {name: getattr(trainer.args, name) for name in (*_ORDER, _BATCH)},
+    }
+    os.makedirs(folder, exist_ok=True)
+    if trainer.args.should_save:
+        torch.save(state, os.path.join(folder, _STATE_FILE))
+    if trainer._step % _cycle(state["settings"]):
+        torch.save(trainer._buffered_inputs, _rollouts(trainer, folder))
+
+
+def load(trainer: Any, folder: str) -> dict[str, Any]:
+    """Puts the trainer where it was within a generation batch; returns the state of its `PCR`.
+
+    Raises:
+        ValueError: from this checkpoint the run would not go on as it was, with the reason.
+    """
+    path = os.path.join(folder, _STATE_FILE)
+    if not os.path.exists(path):
+        raise ValueError(f"checkpoint: {path} is missing; {folder} was not written by PCRTrainer")
+    if trainer.args.sync_ref_model:
+        raise ValueError("resume_from_checkpoint: TRL saves no reference model, and sync_ref_model has moved it")
+    if not trainer.is_fsdp_enabled:
+        _refuse_incomplete(folder)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    saved, step = state["settings"], state["step"]
+    within = step % _cycle(saved) != 0
+    for name in (*_ORDER, _BATCH) if within else _ORDER:
+        now = getattr(trainer.args, name)
+        if now != saved[name]:
+            raise ValueError(
+                f"{name}: {folder} was written with {saved[name]}, by which its prompts and responses are laid out, "
+                f"and this run has {now}; resume with the same"
+            )
+    batches = None
+    if within:
+        rollouts = _rollouts(trainer, folder)
+        if not os.path.exists(rollouts):
+            raise ValueError(
+                f"checkpoint: {rollouts} is missing. {folder} lies within the use of a generation batch, which can be "
+                "resumed on as many processes as it was saved on only"
+            )
+        batches = torch.load(rollouts, map_location=trainer.accelerator.device, weights_only=True)
+    trainer._step, trainer._buffered_inputs = step, batches
+    method: dict[str, Any] = state["method"]
+    return method
+
+
+def draw_epochs(sampler: Any, epochs: int) -> None:
+    """Move the order of prompts on by whole epochs, as `epochs` passes over TRL's sampler would."""
+    if sampler is not None and sampler.shuffle:
+        for _ in range(epochs):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
+def _cycle(settings: dict[str, int]) -> int:
+    """Micro-batches that one generation batch serves."""
+    return settings["steps_per_generation"] * settings["num_iterations"]
+
+
+def _rollouts(trainer: Any, folder: str) -> str:
+    """Of each process, the generation batch that a checkpoint within its use has to keep."""
+    index, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    return os.path.join(folder, f"pcr_rollouts_{index}_of_{count}.pt")
+
+
+def _refuse_incomplete(folder: str) -> None:
+    for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
+        if not any(Path(folder).glob(pattern)):
+            raise ValueError(
+                f"checkpoint: {folder} has no {pattern} (save_only_model=True leaves it out, or it was deleted), "
+                "without which the run would go on differently; resume from a whole checkpoint"
+            )
+
+
+def _whole(state: Any) -> Any:
+    """A state whose sharded tensors are gathered, so that any number of processes can load it."""
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    return {key: _whole(value) for key, value in state.items()} if isinstance(state, dict) else state
