@@ -229,13 +229,13 @@ RULES = ("pcr", "paper", "grpo", "no_anchor", "hard", "fixed", "pcgrad", "mgda")
 PRIORS = ("flat", "shrinkage", "temporal")
 
 
-def make_rule(name: str, *, prior: str = "flat", discount: float = 0.9, **options: Any) -> Rule:
+def make_rule(name: str, *, prior: str = "flat", discount: float | None = None, **options: Any) -> Rule:
     """A rule from plain names and numbers, as configuration files and command lines hold them.
 
     Args:
         name: one of `RULES`, or "module:name" of a dataclass of your own that is a `Rule`.
         prior: one of `PRIORS`, for "pcr".
-        discount: of the temporal prior.
+        discount: of the temporal prior, 0.9 by default.
         options: the rule's own arguments (`PCR` for "pcr", `update` for "paper", `alpha` for "fixed"); a number as
             `alpha` may be text.
 
@@ -253,10 +253,11 @@ def make_rule(name: str, *, prior: str = "flat", discount: float = 0.9, **option
     """
     if prior not in PRIORS:
         raise ValueError(f"prior: expected one of {PRIORS}, got {prior!r}")
+    if discount is not None and prior != "temporal":
+        raise ValueError(f"discount: only prior='temporal' has one, and the prior is {prior!r}")
     if name == "pcr":
-        options["prior"] = {"flat": FlatPrior(), "shrinkage": ShrinkagePrior(), "temporal": TemporalPrior(discount)}[
-            prior
-        ]
+        temporal = TemporalPrior(0.9 if discount is None else discount)
+        options["prior"] = {"flat": FlatPrior(), "shrinkage": ShrinkagePrior(), "temporal": temporal}[prior]
     elif prior != "flat":
         raise ValueError(f"rule {name!r} has no prior; only 'pcr' has")
     makers: dict[str, Any] = {

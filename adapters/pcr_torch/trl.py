@@ -91,8 +91,6 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
         """The rule these options describe; ValueError for an option that the rule does not have."""
         names = ("alpha", "max_boost", "update", "gate", "conflict", "discount")
         options: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if "discount" in options and self.prior != "temporal":
-            raise ValueError(f"discount: only prior='temporal' has one, and the prior is {self.prior!r}")
         for name, choices in (("update", Update), ("gate", Gate), ("conflict", Conflict)):
             if name in options and options[name] not in get_args(choices):
                 raise ValueError(f"{name}: expected one of {get_args(choices)}, got {options[name]!r}")

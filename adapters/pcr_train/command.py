@@ -164,7 +164,14 @@ def run(
         return
     if resume is not None and out is not None:
         raise ValueError("--resume and --out: a resumed run stays in its folder; give only one of them")
-    settings = _resumed(resume, model, given) if resume is not None else make_settings(model or "smollm2", **given)
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads: expected at least 1, got {threads}")
+    if model and Path(model).is_dir():
+        model = str(Path(model).resolve())  # a run is resumed from any folder
+    if resume is None:
+        settings = make_settings("smollm2" if model is None else model, **given)
+    else:
+        settings = _resumed(resume, model, given)
     folder = resume or out or Path("runs") / _name(settings)
     _go(settings, folder, resume is not None, threads, console)
 
@@ -228,11 +235,17 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\npcr-train: stopped; nothing was saved since the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         if os.environ.get("PCR_TRACEBACK"):
             raise
         print(f"pcr-train: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        print("pcr-train: the model's probabilities are not finite any more, training has diverged: lower "
+              "--learning-rate; the steps so far are in metrics.jsonl", file=sys.stderr)  # fmt: skip
+        sys.exit(1)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
             error.show()

@@ -47,9 +47,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except json.JSONDecodeError as error:
             if number + 1 < len(lines):
-                raise
+                raise ValueError(f"{path}, line {number + 1}, is damaged: {error}") from error
     return rows
 
 

@@ -25,6 +25,7 @@ from pcr_train.settings import Settings, replace_text
 from pcr_train.tasks import Problem, Task, load_task
 
 RETENTION_POOL = 48
+_CLAIMED = ".pcr-train"  # marks a folder in which a run is being prepared, until it has its settings.json
 
 
 class Interrupted(Exception):
@@ -68,14 +69,14 @@ def train(
     task = load_task(
         settings.task, settings.task_options, seed=settings.seed, shots=settings.shots, style=settings.style
     )
+    other = _other_task(settings)
     metrics = MetricsFile(folder / "metrics.jsonl")
     with console.status("preparing the model"):
-        if not resume:
-            shutil.rmtree(folder / "start", ignore_errors=True)
         engine = kind(settings, task, folder)
-        exam = _exam(settings, task, engine.tokenizer)
+        exam = _exam(settings, task, other, engine.tokenizer)
         engine.prepare(exam.problems)
     settings.save(folder / "settings.json")
+    (folder / _CLAIMED).unlink(missing_ok=True)
     with console.status("measuring the model before training"):
         before, known = _before(exam, engine, folder / "before.json", resume)
     metrics.truncate(_step_of(checkpoint))
@@ -99,16 +100,29 @@ def train(
     picture = folder / "plot.png"
     if plot:
         plots.draw(rows, picture, title=_title(settings))
-    other = exam.other.name if exam.other else ""
     saved = last_checkpoint(folder, kind)
     assert saved is not None  # the last step is always saved
     seconds = time.perf_counter() - started
-    return Outcome(folder, picture, metrics.path, saved, before, after, other, measure(rows), seconds)
+    return Outcome(
+        folder, picture, metrics.path, saved, before, after, other.name if other else "", measure(rows), seconds
+    )
 
 
 def last_checkpoint(folder: Path, kind: type[Engine]) -> Path | None:
     """The newest complete checkpoint of a run: a kill may have left a half-written one."""
-    return max(filter(kind.is_complete, folder.glob("checkpoint-*")), key=_step_of, default=None)
+    return max(filter(kind.is_complete, _checkpoints(folder)), key=_step_of, default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """ValueError for what is only named like one: the trainer deletes all but the newest of `checkpoint-*`."""
+    found = list(folder.glob("checkpoint-*"))
+    for path in found:
+        if not path.name.removeprefix("checkpoint-").isdigit():
+            raise ValueError(
+                f"{path} is no checkpoint of this run, and its name would have the trainer delete it as an old one; "
+                "rename it or move it away"
+            )
+    return found
 
 
 def _step_of(checkpoint: Path | None) -> int:
@@ -133,16 +147,27 @@ def _claim(settings: Settings, folder: Path, resume: bool, kind: type[Engine]) -
     else:
         if file.exists():
             raise ValueError(f"--out: {folder} already holds a run; continue it with --resume {folder}")
+        claimed = folder / _CLAIMED
+        if folder.is_dir() and any(folder.iterdir()) and not claimed.exists():
+            raise ValueError(f"--out: {folder} holds other files, which a run would overwrite; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
+        claimed.touch()
+        shutil.rmtree(folder / "start", ignore_errors=True)
         checkpoint = None
     return checkpoint
 
 
-def _exam(settings: Settings, task: Task, tokenizer: Any) -> Exam:
+def _other_task(settings: Settings) -> Task | None:
     name = settings.retention_task
     if name == settings.task:
         name = "chain_sum" if settings.task != "chain_sum" else "products"
-    other = None if name == "none" else load_task(name, seed=settings.seed, shots=settings.shots)
+    try:
+        return None if name == "none" else load_task(name, seed=settings.seed, shots=settings.shots)
+    except ValueError as error:
+        raise ValueError(f"--retention-task {name}: {error}") from error
+
+
+def _exam(settings: Settings, task: Task, other: Task | None, tokenizer: Any) -> Exam:
     return Exam(
         task=task,
         problems=task.heldout(settings.heldout),
@@ -158,7 +183,12 @@ def _exam(settings: Settings, task: Task, tokenizer: Any) -> Exam:
 def _before(exam: Exam, policy: Policy, file: Path, resume: bool) -> tuple[Evaluation, list[Problem]]:
     """The starting model's measurements and its retention set; kept in `file` for a resumed run."""
     if resume and file.exists():
-        values = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{file} is damaged ({error}); delete it, and the starting model is measured again"
+            ) from error
         questions = set(values.pop("known"))
         return Evaluation(**values), [p for p in exam.pool if p.question in questions]
     known = exam.known(policy)

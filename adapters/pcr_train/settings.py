@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pcr_core import RULES
+from pcr_core import RULES, Rule, make_rule
 
 EXTENDABLE = ("steps", "save_every")
 """Settings that may differ on --resume: they do not change the steps already taken."""
@@ -83,9 +84,16 @@ class Settings:
     def __post_init__(self) -> None:
         if self.framework not in FRAMEWORKS:
             raise ValueError(f"--framework: expected one of {', '.join(FRAMEWORKS)}, got {self.framework!r}")
-        if self.rule not in RULES and ":" not in self.rule:
+        module, sign, name = self.rule.partition(":")
+        if self.rule not in RULES and not (module and sign and name):
             raise ValueError(f"--rule: expected one of {', '.join(RULES)} or module:name, got {self.rule!r}")
-        if not self.beta > 0:
+        if self.rule in RULES:
+            self.make_rule()
+        if not self.model:
+            raise ValueError("--model: it is empty; expected smollm2, tiny, a local folder, or a hub id")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"--seed: expected 0 to {(1 << 32) - 1}, got {self.seed}")
+        if not 0 < self.beta < math.inf:
             raise ValueError(
                 f"--beta: expected a number > 0, got {self.beta}: without a KL term there is no stability gradient, so "
                 "nothing for a rule to resolve. For plain GRPO without KL use trl.GRPOTrainer"
@@ -99,14 +107,20 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
         if self.shots < 0:
             raise ValueError(f"--shots: expected 0 or more, got {self.shots}")
-        for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')}: expected a number > 0, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate: expected a number > 0, got {self.learning_rate}")
+        if not 0.01 <= self.temperature <= 100:  # beyond, responses are all alike, or nothing but noise
+            raise ValueError(f"--temperature: expected 0.01 to 100, got {self.temperature}")
         if self.micro_prompts is not None and (self.micro_prompts < 1 or self.prompts % self.micro_prompts):
             raise ValueError(
                 f"--micro-prompts: {self.micro_prompts} does not divide --prompts {self.prompts}; every forward pass "
                 "takes the same number of whole groups"
             )
+
+    def make_rule(self) -> Rule:
+        """The rule that these settings describe; ValueError for an option that it does not have."""
+        given = {name: getattr(self, name) for name in RULE_OPTIONS if getattr(self, name) is not None}
+        return make_rule(self.rule, **given)
 
     def save(self, path: Path) -> None:
         replace_text(path, json.dumps(asdict(self), indent=2) + "\n")

@@ -71,6 +71,14 @@ def test_a_run_prints_the_table_and_where_the_files_are(
         (["--rule", "grpo", "--alpha", "0.3"], "no option 'alpha'"),
         (["--blocks", "nothing-like-this"], "blocks"),
         (["--model", "no-such-model"], "neither smollm2 nor tiny"),
+        (["--model", ""], "--model: it is empty"),
+        (["--temperature", "inf"], "--temperature: expected 0.01 to 100"),
+        (["--beta", "inf"], "--beta: expected a number > 0"),
+        (["--seed", "99999999999999999999"], "--seed: expected 0 to"),
+        (["--rule", ":"], "--rule: expected one of"),
+        (["--discount", "0.5"], "only prior='temporal' has one"),
+        (["--out", "/dev/null"], "/dev/null"),
+        (["--blocks", ""], "'' would match every parameter"),
         (["--model", "."], "config.json"),
         (["--resume", "no-such-run"], "no settings.json"),
         (["--steps", "many"], "--steps"),
@@ -102,6 +110,53 @@ def test_failed_start_leaves_nothing_in_the_way(
     assert call(monkeypatch, *out, "--task", "chain_sums") == 2
     assert call(monkeypatch, *out, "--blocks", "nothing-like-this") == 2
     assert call(monkeypatch, *out) == 0
+
+
+def test_bad_options_are_told_before_a_model_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("a model was made first")
+
+    monkeypatch.setattr(models, "prepare", too_late)
+    out = ["--model", "tiny", "--out", str(tmp_path / "run")]
+    for options, message in (
+        (["--retention-task", "foo"], "--retention-task foo"),
+        (["--threads", "0"], "--threads: expected at least 1"),
+        (["--max-boost", "nan"], "max_boost"),
+        (["--rule", "grpo", "--alpha", "0.5"], "no option 'alpha'"),
+    ):
+        assert call(monkeypatch, *out, *options) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_files_that_are_not_a_runs_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = ["--model", str(tiny_folder), "--steps", "1", *SMALL]
+    mine = tmp_path / "mine"
+    for name in ("start", "checkpoint-500"):
+        (mine / name).mkdir(parents=True)
+        (mine / name / "thesis.txt").write_text("x")
+    monkeypatch.chdir(mine)
+    for out in (str(mine), ""):
+        assert call(monkeypatch, *run, "--out", out) == 2
+        assert "holds other files" in capsys.readouterr().err
+    assert sorted(path.name for path in mine.rglob("*.txt")) == ["thesis.txt"] * 2
+    done = tmp_path / "run"
+    assert call(monkeypatch, *run, "--out", str(done)) == 0
+    assert not (done / ".pcr-train").exists()
+    (done / "checkpoint-1").rename(done / "checkpoint-best")
+    assert call(monkeypatch, "--resume", str(done), "--steps", "2", "--threads", "1") == 2
+    assert "rename it or move it away" in capsys.readouterr().err
+
+
+def test_a_diverged_model_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = [*SMALL, "--steps", "9", "--lr", "1e30", "--out", str(tmp_path / "run")]
+    assert call(monkeypatch, "--model", str(tiny_folder), *options) == 1
+    assert "training has diverged: lower --learning-rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_a_line_cut_off_at_the_end_is_left_out_and_one_inside_is_an_error(tmp_pa
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is damaged"):
         read_metrics(path)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pcr_torch.train import models
+from pcr_torch.train.answers import measuring, respond
 from pcr_train.progress import read_metrics
 from pcr_train.run import Outcome
 
@@ -99,3 +102,32 @@ def test_rules_differ_from_plain_grpo(go: Go, tmp_path: Path):
     last = [read_metrics(o.metrics)[-1]["blocks"]["b"] for o in (pcr, grpo)]
     assert set(last[1]) == {1.0}
     assert last[0] != last[1] or not any(read_metrics(pcr.metrics)[-1]["blocks"]["conflict"])
+
+
+def test_a_models_own_sampling_defaults_stay_out_of_the_run(tiny_folder: Path, tmp_path: Path):
+    """Training samples without them, and so must measuring; and the likelihood knows nothing of them."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    file = folder / "generation_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"do_sample": True, "top_p": 0.1, "repetition_penalty": 2.0}))
+    prompts = ["2 + 2 =", "3 + 5 ="] * 20
+    answers = []
+    for where in (tiny_folder, folder):
+        model, tokenizer = models.load(str(where), "\n")
+        with measuring(model, 0):
+            answers.append(respond(model, tokenizer, prompts, max_tokens=4, temperature=1.0))
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 2
+
+
+def test_damaged_files_are_named(go: Go, whole: Outcome, tmp_path: Path):
+    for name, text, message in (
+        ("before.json", "{", "before.json is damaged"),
+        ("metrics.jsonl", "{\n{}\n", "metrics.jsonl, line 1, is damaged"),
+    ):
+        out = tmp_path / name
+        shutil.copytree(whole.folder, out)
+        (out / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            go(out, steps=6, retention_task="products", resume=True)

@@ -26,7 +26,7 @@ from pcr_jax.train_step import Rollouts, StepReport, TrainState, init_state, mak
 from pcr_train.engine import response_limit
 from pcr_train.lessons import PAD, VOCABULARY
 from pcr_train.progress import block_columns
-from pcr_train.settings import RULE_OPTIONS, Settings
+from pcr_train.settings import Settings
 from pcr_train.tasks import Problem, Task
 
 MAX_GRAD_NORM = 1.0
@@ -57,7 +57,7 @@ class Loop:
             optax.adam(settings.learning_rate, b1=0.9, b2=0.99),
         )
         blocks = select_blocks(start, settings.blocks, settings.granularity)  # type: ignore[arg-type]
-        rule = make_rule(settings)
+        rule = settings.make_rule()
         self.update = make_train_step(
             self.logp,
             optimizer,
@@ -134,12 +134,6 @@ class Loop:
             "kl": float(report.kl),
             **summary(seen.weights, seen.statistics, slice(None), "pcr/"),
         }
-
-
-def make_rule(settings: Settings) -> pcr_core.Rule:
-    """The rule that the settings describe; ValueError for an option that it does not have."""
-    given = {name: getattr(settings, name) for name in RULE_OPTIONS if getattr(settings, name) is not None}
-    return pcr_core.make_rule(settings.rule, **given)
 
 
 def stop_tokens(task: Task) -> Array:

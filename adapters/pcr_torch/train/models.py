@@ -50,7 +50,7 @@ def prepare(settings: Settings, task: Task, folder: Path) -> str:
 
 def load(where: str, stop: str | None = None) -> tuple[Any, Any]:
     """Model in float32 and tokenizer; responses end at any token that contains `stop`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left")
@@ -63,8 +63,11 @@ def load(where: str, stop: str | None = None) -> tuple[Any, Any]:
     if stop is not None:
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         ends += [i for i, text in enumerate(texts) if stop in text and i != tokenizer.eos_token_id]
-    model.generation_config.eos_token_id = ends
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # the defaults that a model brings (top_p, penalties) would come into what is sampled, and not into its likelihood
+    begins = model.generation_config.bos_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=begins, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
     return model, tokenizer
 
 
