@@ -4,7 +4,8 @@ Response i contributes G_i = L_i^T R_i, a sum over its tokens, with (L, R) the o
 other way round, by how the weight is stored). Two ways, chosen by a count of operations:
 
 - explicit: form every G_i, take its products while it is in cache, add it into the sum. No extra matrix product.
-- gram: <G_i, H_i> = sum of (X_i X_i^T) * (dY_i dZ_i^T), matrices of tokens x tokens; wins for short responses.
+- gram: <G_i, H_i> = sum of (X_i X_i^T) * (dY_i dZ_i^T), matrices of tokens x tokens; only strata's sums are formed. Wins
+  for short responses, the more of them a stratum has.
 """
 
 from __future__ import annotations
@@ -55,13 +56,21 @@ def weight_products(
         transposed: whether the weight is stored (in, out).
         workspace: on an accelerator, elements of explicit per-response gradients of one stream held at once.
     """
-    if prefers_gram(x.shape[1], x.shape[2], dys[0].shape[2], len(dys)):
-        return _gram(x, dys, strata, transposed)
-    on_cpu = x.device.type == "cpu"
-    if on_cpu:
-        x, dys = _single(x.detach()), [_single(dy) for dy in dys]
-    factors = [(x, dy) if transposed else (dy, x) for dy in dys]
-    return _tiled(factors, strata, _spans(x, dys)) if on_cpu else _batched(factors, strata, workspace)
+    by_gram = prefers_gram(x.shape[1], x.shape[2], dys[0].shape[2], len(dys), len(strata) / x.shape[0])
+    x, dys = _single(x.detach()), [_single(dy) for dy in dys]
+    if x.device.type != "cpu":
+        if by_gram:
+            return _gram(x, dys, strata, transposed)
+        return _batched([(x, dy) if transposed else (dy, x) for dy in dys], strata, workspace)
+    if not by_gram:
+        spans = _spans(x, dys)
+        rows = [[each[span] for each, span in zip(t, spans, strict=True)] for t in (x, *dys)]
+        return _tiled(rows[0], rows[1:], strata, transposed=transposed)
+    response = _token_grams(x, dys)
+    # a stratum's tokens in one product, as if they were of one response
+    rows = [[t[list(members)].flatten(0, 1) for members in strata] for t in (x, *dys)]
+    sums = _tiled(rows[0], rows[1:], [[q] for q in range(len(strata))], transposed=transposed)
+    return Products(sums.totals, response, sums.stratum)
 
 
 def bias_products(dys: Sequence[Tensor], strata: Sequence[Sequence[int]]) -> Products:
@@ -99,9 +108,18 @@ def _scale(t: Tensor) -> Tensor:
     return torch.ldexp(torch.ones((), device=t.device), exponent)
 
 
-def prefers_gram(length: int, features: int, outputs: int, streams: int) -> bool:
-    """Whether token Grams cost less than passes over explicit gradients."""
-    return length**2 * (features + len(PAIRS[streams]) * outputs) < _GRAM_COST * features * outputs
+def prefers_gram(length: int, features: int, outputs: int, streams: int, sums: float = 0.0) -> bool:
+    """Whether token Grams cost less than passes over explicit gradients.
+
+    Args:
+        length: tokens of a response.
+        features: of the input.
+        outputs: of the layer.
+        streams: one or two.
+        sums: strata a response, whose explicit sums are formed in either case.
+    """
+    grams = length**2 * (features + len(PAIRS[streams]) * outputs)
+    return grams < (1 - sums) * _GRAM_COST * features * outputs
 
 
 def matrix_gradient(x: Tensor, dy: Tensor, *, transposed: bool) -> Tensor:
@@ -123,29 +141,32 @@ def _single(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t.resolve_neg()
 
 
-def _gram(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], transposed: bool) -> Products:
-    pairs = PAIRS[len(dys)]
-    wide = wide_dtype(x.device)
-    tokens, outputs = _single(x), [_single(dy) for dy in dys]
+def _token_grams(tokens: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """(pairs, n) inner products of responses."""
+    wide = wide_dtype(tokens.device)
     # squares of either factor may leave float32 where those of the gradient do not
     scales = [_scale(t) for t in (tokens, *outputs)]
     x_near, *near = ((t / scale).to(t.dtype) for t, scale in zip((tokens, *outputs), scales, strict=True))
     x_scale, *factors = (scale.to(wide) for scale in scales)
     gram = x_near @ x_near.mT
-    response = torch.stack(
+    return torch.stack(
         [
             (gram * (near[a] @ near[b].mT)).to(wide).sum(dim=(1, 2)) * (x_scale**2 * factors[a] * factors[b])
-            for a, b in pairs
+            for a, b in PAIRS[len(outputs)]
         ]
     )
+
+
+def _gram(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], transposed: bool) -> Products:
+    """Token Grams for responses, whole sums for strata, on an accelerator."""
     stratum: list[Tensor] = []
     totals: list[Tensor] = []
     for rows in strata:
         part = list(rows)
-        sums = [matrix_gradient(tokens[part], dy[part], transposed=transposed) for dy in outputs]
-        stratum.append(torch.stack([inner(sums[a], sums[b]) for a, b in pairs]))
+        sums = [matrix_gradient(x[part], dy[part], transposed=transposed) for dy in dys]
+        stratum.append(torch.stack([inner(sums[a], sums[b]) for a, b in PAIRS[len(dys)]]))
         totals = _add(totals, sums) if totals else sums
-    return Products(totals, response, torch.stack(stratum, dim=1))
+    return Products(totals, _token_grams(x, dys), torch.stack(stratum, dim=1))
 
 
 def _spans(x: Tensor, dys: Sequence[Tensor]) -> list[slice]:
@@ -162,28 +183,29 @@ def _spans(x: Tensor, dys: Sequence[Tensor]) -> list[slice]:
 
 @np.errstate(all="ignore")  # what is not finite stays so, and is seen by whoever resolves
 def _tiled(
-    factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]], spans: Sequence[slice]
+    x: Sequence[Tensor], dys: Sequence[Sequence[Tensor]], strata: Sequence[Sequence[int]], *, transposed: bool
 ) -> Products:
     """One response and a few rows of the weight at a time, which stay in a core's cache until all is taken from them.
 
     Args:
-        factors: (L, R) per stream, of shapes (n, T, rows) and (n, T, columns); float32 or wider.
+        x: of each response, (tokens, in); float32 or wider.
+        dys: the same per stream, (tokens, out).
         strata: see `weight_products`.
-        spans: of each response, the tokens that matter.
+        transposed: see `weight_products`.
     """
-    (left, right), pairs = factors[0], PAIRS[len(factors)]
-    n, height, width = left.shape[0], left.shape[2], right.shape[2]
+    lefts, rights = ([x] * len(dys), dys) if transposed else (dys, [x] * len(dys))
+    n, pairs = len(x), PAIRS[len(dys)]
+    height, width, dtype = lefts[0][0].shape[1], rights[0][0].shape[1], x[0].dtype
     step = max(_LANES, _TILE // width // _LANES * _LANES)
-    totals = [torch.empty(height, width, dtype=left.dtype) for _ in factors]
-    scratch = torch.empty(2, len(factors), min(step, height), width, dtype=left.dtype)
-    whole = [[each[span].T for each, span in zip(left, spans, strict=True)] for left, _ in factors]
-    columns = [[each[span] for each, span in zip(right, spans, strict=True)] for _, right in factors]
+    totals = [torch.empty(height, width, dtype=dtype) for _ in dys]
+    scratch = torch.empty(2, len(dys), min(step, height), width, dtype=dtype)
+    whole = [[each.T for each in left] for left in lefts]
     bunch = math.gcd(height, step, 1 << max(0, (_DOT // width).bit_length() - 1))  # rows of the tile in one product
     by_row = np.empty((n + len(strata), len(pairs), step // bunch), dtype=scratch.numpy().dtype)
     sums = np.zeros(by_row.shape[:2])
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
-        lefts = [[each[rows] for each in stream] for stream in whole]
+        slices = [[each[rows] for each in stream] for stream in whole]
         dots = by_row[:, :, : (rows.stop - start) // bunch]
         tiles = ([t[rows] for t in totals], *scratch[:, :, : rows.stop - start])
         total, summed, one = (_Tile(t, dots.shape[-1]) for t in tiles)
@@ -193,11 +215,15 @@ def _tiled(
             for k, i in enumerate(members):
                 held = one if k else stratum
                 for stream, gradient in enumerate(held.tensors):
-                    torch.mm(lefts[stream][i], columns[stream][i], out=gradient)
-                held.dots(next(turn))
+                    torch.mm(slices[stream][i], rights[stream][i], out=gradient)
+                mine = next(turn)
+                held.dots(mine)
                 if k:
                     stratum.add(one)
-            stratum.dots(next(turn))
+            if len(members) == 1:
+                next(turn)[:] = mine
+            else:
+                stratum.dots(next(turn))
             if q:
                 total.add(stratum)
         sums += dots.sum(axis=-1, dtype=np.float64)

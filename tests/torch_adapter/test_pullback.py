@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pcr_core
 from pcr_core import BlockStatistics
 from pcr_torch import PCR, Report, products
-from pcr_torch.products import _batched, _gram, _spans, _tiled, prefers_gram, weight_products
+from pcr_torch.products import _batched, _gram, _spans, prefers_gram, weight_products
 
 
 def pull(model: nn.Module, data: Batch, norms: str, **options: object) -> tuple[Report, dict[str, Tensor]]:
@@ -163,18 +163,22 @@ def test_statistics_and_update_equal_the_dense_method(norms: str) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
-@pytest.mark.parametrize("way", [_gram, _tiled, _batched])
-def test_three_ways_to_products(way: Any, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["tiles", "tiles and token Grams", "batches", "token Grams and whole sums"])
+def test_four_ways_to_products(way: str, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latter two are an accelerator's."""
     monkeypatch.setattr(products, "_LANES", 16)  # tiles and chunks that do not divide the sizes
     monkeypatch.setattr(products, "_TILE", 600)
+    monkeypatch.setattr(products, "prefers_gram", lambda *_: way == "tiles and token Grams")
     generator = torch.Generator().manual_seed(0)
     x, dy, dz = (torch.randn(5, 7, k, generator=generator) for k in (40, 50, 50))
-    strata = [[0, 3], [1, 2, 4]]
-    if way is _gram:
+    strata = [[0, 3], [2], [1, 4]]
+    if way == "batches":
+        factors = [(x, d) if transposed else (d, x) for d in (dy, dz)]
+        got = _batched(factors, strata, 2 * 40 * 50)
+    elif way == "token Grams and whole sums":
         got = _gram(x, [dy, dz], strata, transposed)
     else:
-        factors = [(x, d) if transposed else (d, x) for d in (dy, dz)]
-        got = way(factors, strata, [slice(0, 7)] * 5 if way is _tiled else 2 * 40 * 50)
+        got = weight_products(x, [dy, dz], strata, transposed=transposed)
     g, h = (torch.einsum("nto,nti->noi", d.double(), x.double()) for d in (dy, dz))
     for pair, (a, b) in enumerate(((g, g), (h, h), (g, h))):
         scale = (a * b).abs().sum((1, 2))
@@ -215,7 +219,7 @@ def test_token_grams_of_half_precision_are_of_the_same_numbers_as_their_sums(tra
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(1, 3, k, generator=generator) for k in (24, 32))
     x, dy = ((t + 0.01 * torch.randn(8, *t.shape[1:], generator=generator)).bfloat16() for t in (x, dy))
-    got = _gram(x, [dy], [list(range(8))], transposed)
+    got = weight_products(x, [dy], [list(range(8))], transposed=transposed)
     g = torch.einsum("nto,nti->noi", dy.double(), x.double()).flatten(1)
     expected = (g - g.mean(0)).square().sum() / 7
     torch.testing.assert_close((got.response.sum() - got.stratum.sum() / 8) / 7, expected, rtol=1e-2, atol=0.0)
@@ -226,9 +230,9 @@ def test_factors_far_from_one_keep_their_products(exponent: int) -> None:
     """Of token Grams too, whose squares leave float32 where those of the gradient do not."""
     generator = torch.Generator().manual_seed(0)
     x, dy, dz = (torch.randn(4, 3, k, generator=generator) for k in (24, 32, 32))
-    expected = _gram(x, [dy, dz], [[0, 1], [2, 3]], False)
+    expected = weight_products(x, [dy, dz], [[0, 1], [2, 3]], transposed=False)
     far = [(10.0**-exponent * d.double()).float() for d in (dy, dz)]
-    got = _gram((10.0**exponent * x.double()).float(), far, [[0, 1], [2, 3]], False)
+    got = weight_products((10.0**exponent * x.double()).float(), far, [[0, 1], [2, 3]], transposed=False)
     torch.testing.assert_close(got.response, expected.response, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(got.stratum, expected.stratum, rtol=1e-5, atol=1e-4)
 
@@ -245,6 +249,7 @@ def test_an_input_that_is_negated_when_read(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_cheaper_way_is_taken() -> None:
     assert prefers_gram(length=16, features=512, outputs=1536, streams=2)
     assert not prefers_gram(length=128, features=512, outputs=1536, streams=2)
+    assert not prefers_gram(length=16, features=512, outputs=1536, streams=2, sums=1.0)
 
 
 def test_realistic_sizes() -> None:
