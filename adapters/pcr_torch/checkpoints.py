@@ -14,21 +14,17 @@ import torch
 from torch.distributed.tensor import DTensor
 
 _STATE_FILE = "pcr_state.pt"
-_ORDER = ("steps_per_generation", "num_iterations", "num_generations")  # what lays out the order of prompts
-_BATCH = "per_device_train_batch_size"
+_WITHIN = ("steps_per_generation", "per_device_train_batch_size")  # what lays out a generation batch
 
 
 def save(trainer: Any, folder: str) -> None:
     """A collective call on several processes."""
-    state = {
-        "method": _whole(trainer.method.state_dict()),
-        "step": trainer._step,
-        "settings": {name: getattr(trainer.args, name) for name in (*_ORDER, _BATCH)},
-    }
+    settings = _settings(trainer)
+    state = {"method": _whole(trainer.method.state_dict()), "step": trainer._step, "settings": settings}
     os.makedirs(folder, exist_ok=True)
     if trainer.args.should_save:
         torch.save(state, os.path.join(folder, _STATE_FILE))
-    if trainer._step % _cycle(state["settings"]):
+    if trainer._step % _cycle(settings):
         torch.save(trainer._buffered_inputs, _rollouts(trainer, folder))
 
 
@@ -46,14 +42,15 @@ def load(trainer: Any, folder: str) -> dict[str, Any]:
     if not trainer.is_fsdp_enabled:
         _refuse_incomplete(folder)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    saved, step = state["settings"], state["step"]
-    within = step % _cycle(saved) != 0
-    for name in (*_ORDER, _BATCH) if within else _ORDER:
-        now = getattr(trainer.args, name)
-        if now != saved[name]:
+    if "settings" not in state:
+        raise ValueError(f"checkpoint: {path} was written by an earlier version")
+    saved, now = state["settings"], _settings(trainer)
+    done, within = divmod(state["step"], _cycle(saved))
+    for name in saved:
+        if now[name] != saved[name] and (within or name not in _WITHIN):
             raise ValueError(
                 f"{name}: {folder} was written with {saved[name]}, by which its prompts and responses are laid out, "
-                f"and this run has {now}; resume with the same"
+                f"and this run has {now[name]}; resume with the same"
             )
     batches = None
     if within:
@@ -64,7 +61,7 @@ def load(trainer: Any, folder: str) -> dict[str, Any]:
                 "resumed on as many processes as it was saved on only"
             )
         batches = torch.load(rollouts, map_location=trainer.accelerator.device, weights_only=True)
-    trainer._step, trainer._buffered_inputs = step, batches
+    trainer._step, trainer._buffered_inputs = done * _cycle(now) + within, batches
     method: dict[str, Any] = state["method"]
     return method
 
@@ -74,6 +71,19 @@ def draw_epochs(sampler: Any, epochs: int) -> None:
     if sampler is not None and sampler.shuffle:
         for _ in range(epochs):
             torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
+def _settings(trainer: Any) -> dict[str, int]:
+    args, processes = trainer.args, trainer.accelerator.num_processes
+    return {
+        "num_generations": args.num_generations,
+        "num_iterations": args.num_iterations,
+        "generation_batch_size": args.generation_batch_size,
+        "responses of a step (batch size x accumulation x processes)": (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+        ),
+        **{name: getattr(args, name) for name in _WITHIN},
+    }
 
 
 def _cycle(settings: dict[str, int]) -> int:

@@ -230,8 +230,11 @@ class PCR:
         return report
 
     def _gradients_finite(self) -> bool:
-        found = [local(p.grad).isfinite().all() for p in self._parameters.values() if p.grad is not None]
-        broken = torch.tensor([0.0 if all(found) else 1.0], dtype=torch.float64)
+        gradients = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        # a sum is read faster than each number, and says no more often
+        finite = bool(torch.stack([g.sum() for g in gradients]).isfinite().all()) if gradients else True
+        finite = finite or all(bool(g.isfinite().all()) for g in gradients)
+        broken = torch.tensor([0.0 if finite else 1.0], dtype=torch.float64)
         return not bool(broken if self._ranks is None else self._ranks.sum(broken))
 
     @property

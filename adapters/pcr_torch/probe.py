@@ -34,7 +34,9 @@ class Receiver(Protocol):
 
 def layout(module: nn.Module) -> Layout | None:
     """How a plain linear layer stores its weight; None for any other module, and for one with a forward of its own."""
-    if "forward" in module.__dict__ and not _is_probed(module):
+    own = module.__dict__.get("forward")
+    restored = getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module
+    if own is not None and not (restored or _is_probed(module)):
         return None
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return "out_in"

@@ -4,8 +4,8 @@ Response i contributes G_i = L_i^T R_i, a sum over its tokens, with (L, R) the o
 other way round, by how the weight is stored). Two ways, chosen by a count of operations:
 
 - explicit: form every G_i, take its products while it is in cache, add it into the sum. No extra matrix product.
-- gram: <G_i, H_i> = sum of (X_i X_i^T) * (dY_i dZ_i^T), matrices of tokens x tokens; only strata's sums are formed. Wins
-  for short responses, the more of them a stratum has.
+- gram: <G_i, H_i> = sum of (X_i X_i^T) * (dY_i dZ_i^T), matrices of tokens x tokens; only strata's sums are formed.
+  Wins for short responses, the more of them a stratum has.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _LANES = 64  # rows of a tile come in such bunches, which matrix products like
 _DOT = 1 << 11  # elements whose products float32 sums
 _GLANCE = 4  # features by which all but a few tokens with a gradient are told
 _SAFE = (1e-20, 1e30)  # of the largest response's square: what float32 loses below and above does not count
+_NEAR = (1e-8, 1e8)  # of numbers whose products, squared once more, stay in float32
 _GRAM_COST = 16  # multiply-adds that a pass over one explicit element is worth; measured on a CPU
 
 
@@ -102,7 +103,8 @@ def in_range(products: Callable[[tuple[Tensor, ...]], Products], dys: tuple[Tens
 
 def _scale(t: Tensor) -> Tensor:
     """A power of two next to the largest element; shape ()."""
-    largest = t.abs().amax()
+    low, high = torch.aminmax(t)
+    largest = torch.maximum(-low, high)
     usable = torch.isfinite(largest) & (largest > 0)
     exponent = torch.frexp(torch.where(usable, largest, torch.ones_like(largest)).float())[1]
     return torch.ldexp(torch.ones((), device=t.device), exponent)
@@ -145,16 +147,21 @@ def _token_grams(tokens: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """(pairs, n) inner products of responses."""
     wide = wide_dtype(tokens.device)
     # squares of either factor may leave float32 where those of the gradient do not
-    scales = [_scale(t) for t in (tokens, *outputs)]
-    x_near, *near = ((t / scale).to(t.dtype) for t, scale in zip((tokens, *outputs), scales, strict=True))
-    x_scale, *factors = (scale.to(wide) for scale in scales)
-    gram = x_near @ x_near.mT
-    return torch.stack(
-        [
-            (gram * (near[a] @ near[b].mT)).to(wide).sum(dim=(1, 2)) * (x_scale**2 * factors[a] * factors[b])
-            for a, b in PAIRS[len(outputs)]
-        ]
-    )
+    (x, scale), *near = (_near(t) for t in (tokens, *outputs))
+    gram = x @ x.mT
+    found = []
+    for (one, one_scale), (other, other_scale) in ((near[a], near[b]) for a, b in PAIRS[len(outputs)]):
+        products = (gram * (one @ other.mT)).to(wide).sum(dim=(1, 2))
+        found.append(products * (scale.to(wide) ** 2 * one_scale.to(wide) * other_scale.to(wide)))
+    return torch.stack(found)
+
+
+def _near(t: Tensor) -> tuple[Tensor, Tensor]:
+    """`t` by its scale, and that; as it is where a look at it costs less than a copy, and finds it near 1."""
+    scale = _scale(t)
+    if t.device.type == "cpu" and _NEAR[0] < scale < _NEAR[1]:
+        return t, torch.ones_like(scale)
+    return (t / scale).to(t.dtype), scale
 
 
 def _gram(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], transposed: bool) -> Products:

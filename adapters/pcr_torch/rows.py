@@ -104,6 +104,8 @@ class Rows:
             return [rows, *[None] * (len(shapes) - 1)] if within and _starts(first, lead) else None
         if kind == "MaskedScatter":
             return self._scattered(node, rows, shapes)
+        if kind == "IndexPut" and not node._saved_accumulate:
+            return self._put(node, rows, shapes)
         if first is None:
             return None
         if kind == "Slice" and node._saved_dim < len(lead):
@@ -158,6 +160,17 @@ class Rows:
         whole, chosen = self._nowhere((math.prod(source),)), rows[mask]
         whole[: len(chosen)] = chosen
         return [rows if onto == tuple(rows.shape) else None, whole.view(source)]
+
+    def _put(self, node: Any, rows: Tensor, shapes: Sequence[Shape | None]) -> Below | None:
+        """Rows written over others, each to a place of its own."""
+        places = node._saved_indices[0]
+        if len(node._saved_indices) > 1 or places is None or places.dtype == torch.bool or places.ndim != 1:
+            return None
+        places = places % len(rows)
+        source = (len(places), *rows.shape[1:])
+        if len(set(places.tolist())) < len(places) or shapes[1] is None or shapes[1][: rows.ndim] != source:
+            return None
+        return [rows, rows[places]]
 
     def _nowhere(self, shape: Sequence[int]) -> Tensor:
         return torch.full(tuple(shape), self._none, device=self._device)

@@ -1,4 +1,4 @@
-"""Settings of TRL under which the reward and the KL gradient can be told apart; others are refused with the reason."""
+"""Settings and losses of which the reward and the KL gradient can be told apart; others are refused with the reason."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from pcr_core import RULES
 from pcr_train import report, tasks
 from pcr_train.engine import load_engine
 from pcr_train.run import Interrupted, train
-from pcr_train.settings import FRAMEWORKS, PRECISIONS, Settings, make_settings
+from pcr_train.settings import FRAMEWORKS, PRECISIONS, PRESETS, Settings, make_settings
 
 HELP = """
 Train a language model with GRPO and a conflict rule on a verifiable task.
@@ -166,8 +166,8 @@ def run(
         raise ValueError("--resume and --out: a resumed run stays in its folder; give only one of them")
     if threads is not None and threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {threads}")
-    if model and Path(model).is_dir():
-        model = str(Path(model).resolve())  # a run is resumed from any folder
+    if model and model not in PRESETS and Path(model).is_dir():
+        model = str(Path(model).absolute())  # a run is resumed from any folder
     if resume is None:
         settings = make_settings("smollm2" if model is None else model, **given)
     else:

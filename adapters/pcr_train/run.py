@@ -25,6 +25,7 @@ from pcr_train.settings import Settings, replace_text
 from pcr_train.tasks import Problem, Task, load_task
 
 RETENTION_POOL = 48
+_WRITTEN = ("start", "checkpoint-*", "*.json", "metrics.jsonl", "plot.png", "README.md")
 _CLAIMED = ".pcr-train"  # marks a folder in which a run is being prepared, until it has its settings.json
 
 
@@ -148,8 +149,11 @@ def _claim(settings: Settings, folder: Path, resume: bool, kind: type[Engine]) -
         if file.exists():
             raise ValueError(f"--out: {folder} already holds a run; continue it with --resume {folder}")
         claimed = folder / _CLAIMED
-        if folder.is_dir() and any(folder.iterdir()) and not claimed.exists():
-            raise ValueError(f"--out: {folder} holds other files, which a run would overwrite; name a new folder")
+        foreign = [] if claimed.exists() else [name for pattern in _WRITTEN for name in folder.glob(pattern)]
+        if foreign:
+            raise ValueError(
+                f"--out: {foreign[0]} is not a run's, which would overwrite or delete it; name another folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         claimed.touch()
         shutil.rmtree(folder / "start", ignore_errors=True)

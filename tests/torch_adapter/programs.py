@@ -106,6 +106,16 @@ ENDS: dict[str, Step] = {
     "scattered onto one row": lambda p, x: x[:1, :, 0].masked_scatter(p.mask, x[p.mask].sum(-1)),
     "reordered": lambda p, x: p.linear(x)[torch.arange(-1, -x.shape[0] - 1, -1)].sum(-1),
     "selected": lambda p, x: p.linear(x).sum(-1).index_select(0, torch.arange(x.shape[0] - 1, -1, -1)),
+    "put back": lambda p, x: torch.zeros(x.shape[:2]).index_put(
+        (torch.arange(-1, -x.shape[0] - 1, -1),), p.linear(x).sum(-1)
+    ),
+    "put on one": lambda p, x: torch.zeros(x.shape[:2]).index_put(
+        (torch.zeros(x.shape[0], dtype=torch.int64),), p.linear(x).sum(-1)
+    ),
+    "spread": lambda p, x: torch.zeros(x.shape[:2]).index_put((torch.arange(x.shape[0]),), p.linear(x[:1]).sum(-1)),
+    "added onto one": lambda p, x: torch.zeros(x.shape[:2]).index_put(
+        (torch.zeros(x.shape[0], dtype=torch.int64),), p.linear(x).sum(-1), accumulate=True
+    ),
     "first twice": lambda p, x: p.linear(x)[torch.tensor([*range(x.shape[0]), -x.shape[0]])].sum(-1),
     "chosen twice": lambda p, x: x.flatten(0, 1)[torch.zeros(x[..., 0].numel(), dtype=torch.int64)].sum(-1)[None],
     "through layers": lambda p, x: p.linear(torch.tanh(p.linear(torch.tanh(x.sum(1))))),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from problems import Batch, batch, tiny_model
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -224,6 +224,15 @@ def test_a_layer_that_only_looks_plain_takes_the_loop(change: Callable[[nn.Modul
     torch.testing.assert_close(data.logp(model).detach(), before, rtol=0.0, atol=0.0)
 
 
+def test_a_forward_that_was_put_back_is_plain() -> None:
+    model = Small()
+    twice(model.layers[0])
+    remove_hook_from_module(model.layers[0])
+    assert "forward" in model.layers[0].__dict__
+    method = PCR(model, blocks=r"layers.*weight", norms="fast", rule=RULE)
+    assert_batch_right(method, batch())
+
+
 @pytest.mark.parametrize("change", [twice, tripled])
 def test_a_forward_of_its_own_outside_the_blocks_is_kept(change: Callable[[nn.Module], None]) -> None:
     model, data = Small(), batch()
@@ -299,7 +308,13 @@ def test_packed_rows_are_refused_on_the_fast_path_and_right_in_the_loop() -> Non
         PCR(model, norms="loop").accumulate(lp.flatten(), data.objective(lp), group_ids=data.group_ids)
 
 
-@pytest.mark.parametrize("select", [lambda t, order: t[order], lambda t, order: t.index_select(0, order)])
+def put(t: Tensor, order: Tensor) -> Tensor:
+    out = torch.zeros_like(t)
+    out[order.argsort()] = t
+    return out
+
+
+@pytest.mark.parametrize("select", [lambda t, order: t[order], lambda t, order: t.index_select(0, order), put])
 def test_a_batch_in_another_order_is_refused_on_the_fast_path_and_right_in_the_loop(
     select: Callable[[Tensor, Tensor], Tensor],
 ) -> None:

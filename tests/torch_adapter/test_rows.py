@@ -201,7 +201,9 @@ def test_what_mixes_rows_is_never_claimed(shape: tuple[int, int, int], mixing: s
     assert not found & {"layers.0", "layers.1"}  # below it
 
 
-@pytest.mark.parametrize("end", ["first twice", "chosen twice", "scattered onto one row"])
+@pytest.mark.parametrize(
+    "end", ["first twice", "chosen twice", "scattered onto one row", "put on one", "spread", "added onto one"]
+)
 def test_ends_that_mix_rows_claim_none(end: str) -> None:
     model = program((2, 3, 4), [("linear", True)], end)
     with watched(model) as watch:
@@ -210,7 +212,7 @@ def test_ends_that_mix_rows_claim_none(end: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "end", ["sum", "gather", "later", "every other", "flat", "masked", "filled", "reordered", "selected"]
+    "end", ["sum", "gather", "later", "every other", "flat", "masked", "filled", "reordered", "selected", "put back"]
 )
 def test_what_keeps_rows_apart_is_claimed(end: str) -> None:
     model = program((2, 3, 4), [(name, True) for name in APART], end)

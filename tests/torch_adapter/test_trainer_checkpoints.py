@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trl import Gradients, train
+from test_trl import Gradients, relative_error, train
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -25,24 +25,22 @@ def assert_goes_on(rest: Gradients, whole: Gradients, done: int) -> None:
 
 def test_resumed_training_equals_uninterrupted(folder: Path, tmp_path: Path) -> None:
     """With a temporal prior, whose state is in the checkpoint as well; bit for bit."""
-    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "prior": "temporal", "temperature": 1.0}
+    options = SAVING | {"max_steps": 3, "prior": "temporal", "temperature": 1.0}
     _, whole = train(PCRTrainer, PCRConfig, folder, tmp_path / "whole", **options)
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     assert (Path(checkpoint) / "pcr_state.pt").exists()
     _, rest = train(PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=checkpoint, **options)
-    assert len(rest.steps) == 1
-    assert all(torch.equal(rest.steps[0][name], whole.steps[2][name]) for name in whole.steps[2])
+    assert_goes_on(rest, whole, 2)
 
 
 @pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 2}], ids=str)
 def test_resumed_while_a_generation_batch_is_in_use(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, **options}
+    settings = SAVING | options | {"max_steps": 4}
     _, whole = train(PCRTrainer, PCRConfig, folder, tmp_path / "whole", **settings)
     for done in (1, 2):
         checkpoint = tmp_path / "whole" / f"checkpoint-{done}"
         _, rest = train(PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=str(checkpoint), **settings)
-        for got, expected in zip(rest.steps, whole.steps[done:], strict=True):
-            assert all(torch.equal(got[name], expected[name]) for name in expected)
+        assert_goes_on(rest, whole, done)
     (tmp_path / "whole" / "checkpoint-1" / "pcr_rollouts_0_of_1.pt").unlink()
     with pytest.raises(ValueError, match="as many processes as it was saved on"):
         train(
@@ -56,7 +54,7 @@ def test_resumed_while_a_generation_batch_is_in_use(options: dict[str, Any], fol
 
 
 def test_a_moved_reference_cannot_be_resumed(folder: Path, tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 1, "sync_ref_model": True, "ref_model_sync_steps": 1}
+    options = SAVING | {"sync_ref_model": True, "ref_model_sync_steps": 1}
     train(PCRTrainer, PCRConfig, folder, tmp_path, **options)
     with pytest.raises(ValueError, match="sync_ref_model has moved it"):
         train(PCRTrainer, PCRConfig, folder, tmp_path, resume=str(tmp_path / "checkpoint-1"), **options)
@@ -83,7 +81,7 @@ def test_a_training_that_was_interrupted_leaves_nothing_behind(folder: Path, tmp
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(folder: Path, tmp_path: Path) -> None:
-    train(GRPOTrainer, GRPOConfig, folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    train(GRPOTrainer, GRPOConfig, folder, tmp_path, max_steps=1, **SAVING)
     with pytest.raises(ValueError, match="was not written by PCRTrainer"):
         train(PCRTrainer, PCRConfig, folder, tmp_path, resume=str(tmp_path / "checkpoint-1"), max_steps=2)
 
@@ -130,18 +128,44 @@ def test_a_trainer_that_has_trained_on_goes_back_to_a_checkpoint(
     assert_goes_on(gradients, whole, 2)
 
 
+def test_the_same_responses_in_other_micro_batches_go_on(folder: Path, tmp_path: Path) -> None:
+    """From the start of a generation batch on; to rounding."""
+    one = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    two = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    options = SAVING | {"rule": "grpo", "max_steps": 4}
+    _, expected = train(PCRTrainer, PCRConfig, folder, tmp_path / "one", **options, **one)
+    checkpoint = str(tmp_path / "one" / "checkpoint-2")
+    _, got = train(PCRTrainer, PCRConfig, folder, tmp_path / "two", resume=checkpoint, **options, **two)
+    assert len(got.steps) == 2
+    assert relative_error(got.steps[0], expected.steps[2]) <= 1e-5
+    assert relative_error(got.steps[1], expected.steps[3]) <= 1e-3  # Adam magnifies the first step's rounding
+
+
 def test_what_would_not_go_on_as_it_was_is_refused(folder: Path, tmp_path: Path) -> None:
     settings = SAVING | {"steps_per_generation": 2, "max_steps": 2}
     train(PCRTrainer, PCRConfig, folder, tmp_path, **settings)
     checkpoint = tmp_path / "checkpoint-1"
+    within, between = {"resume": str(checkpoint)}, {"resume": str(tmp_path / "checkpoint-2")}
+    half = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
     for changes, message in (
-        ({"steps_per_generation": 4}, "steps_per_generation: .* was written with 2"),
-        ({"num_iterations": 2}, "num_iterations: .* was written with 1"),
-        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: .* was written with 8"),
+        (within | {"steps_per_generation": 4}, "generation_batch_size: .* was written with 16"),
+        (within | {"num_iterations": 2}, "num_iterations: .* was written with 1"),
+        (within | half, "steps_per_generation: .* was written with 2"),
+        (between | {"per_device_train_batch_size": 4}, "generation_batch_size: .* was written with 16"),
+        (between | {"gradient_accumulation_steps": 2}, "responses of a step .* was written with 8"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(PCRTrainer, PCRConfig, folder, tmp_path, resume=str(checkpoint), **(settings | changes))
+            train(PCRTrainer, PCRConfig, folder, tmp_path, **(settings | changes))
     for name in ("rng_state.pth", "scheduler.pt", "optimizer.pt"):
-        (checkpoint / name).unlink()
-        with pytest.raises(ValueError, match=r"checkpoint-1 has no .*save_only_model"):
+        (checkpoint / name).rename(tmp_path / name)
+        with pytest.raises(ValueError, match=f"checkpoint-1 has no {name[:9]}.*save_only_model"):
             train(PCRTrainer, PCRConfig, folder, tmp_path, resume=str(checkpoint), **settings)
+        (tmp_path / name).rename(checkpoint / name)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(folder: Path, tmp_path: Path) -> None:
+    train(PCRTrainer, PCRConfig, folder, tmp_path, max_steps=1, **SAVING)
+    file = tmp_path / "checkpoint-1" / "pcr_state.pt"
+    torch.save(torch.load(file, weights_only=True)["method"], file)
+    with pytest.raises(ValueError, match="written by an earlier version"):
+        train(PCRTrainer, PCRConfig, folder, tmp_path, resume=str(file.parent), max_steps=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -376,16 +377,24 @@ def test_a_loss_with_a_term_of_its_own_is_refused(
         train(Own, PCRConfig, folder, tmp_path)
 
 
+@pytest.fixture
+def _fresh_accelerator() -> Iterator[None]:
+    """Its state is the process's, and made once."""
+    states = AcceleratorState, PartialState, GradientState
+    for state in states:
+        state._reset_state()
+    yield
+    for state in states:
+        state._reset_state()
+
+
+@pytest.mark.usefixtures("_fresh_accelerator")
 def test_compilers_that_accelerate_is_asked_for_are_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     with pytest.raises(ValueError, match="dynamo_backend: EAGER: compiled layers bypass the probes"):
         train(PCRTrainer, PCRConfig, folder, tmp_path)
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
 
 
 def test_fp16_deepspeed_and_liger_are_refused(folder: Path, tmp_path: Path) -> None:

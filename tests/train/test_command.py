@@ -141,9 +141,11 @@ def test_files_that_are_not_a_runs_are_left_alone(
     monkeypatch.chdir(mine)
     for out in (str(mine), ""):
         assert call(monkeypatch, *run, "--out", out) == 2
-        assert "holds other files" in capsys.readouterr().err
+        assert "is not a run's" in capsys.readouterr().err
     assert sorted(path.name for path in mine.rglob("*.txt")) == ["thesis.txt"] * 2
     done = tmp_path / "run"
+    done.mkdir()
+    (done / "output.log").touch()  # a shell makes it before the command runs
     assert call(monkeypatch, *run, "--out", str(done)) == 0
     assert not (done / ".pcr-train").exists()
     (done / "checkpoint-1").rename(done / "checkpoint-best")
