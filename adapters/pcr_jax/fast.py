@@ -64,19 +64,22 @@ def _fault(jaxpr: Any, leaf: int, path: str, calls: list[Probe], n: int) -> str 
     users = [eqn for eqn in jaxpr.eqns if any(v is var for v in eqn.invars)]
     if len(users) != 1 or any(v is var for v in jaxpr.outvars):
         return f"{path} is used outside dense as well"
-    if calls[0].x.shape[0] != n or not _reaches(jaxpr, users[0], calls[0].dy.shape):
+    product = _product(jaxpr, users[0])
+    if product is None:  # inside, it may be run any number of times, and in any branch
+        return f"{path} passes through dense inside scan, jit, remat or cond, which close over it"
+    if calls[0].x.shape[0] != n or tuple(product.outvars[0].aval.shape) != tuple(calls[0].dy.shape):
         return f"the input of dense for {path} has no leading axis of responses (a vmapped or flattened model)"
     return None
 
 
-def _reaches(jaxpr: Any, eqn: Any, shape: tuple[int, ...]) -> bool:
-    """Whether the equation that uses a kernel, its cast aside, has a result of this shape."""
+def _product(jaxpr: Any, eqn: Any) -> Any | None:
+    """The matrix product that an equation is, or casts a kernel for; None where it is something else."""
     while eqn.primitive.name == "convert_element_type":
         users = [e for e in jaxpr.eqns if any(v is eqn.outvars[0] for v in e.invars)]
         if len(users) != 1:
-            return False
+            return None
         eqn = users[0]
-    return tuple(eqn.outvars[0].aval.shape) == tuple(shape)
+    return eqn if eqn.primitive.name == "dot_general" else None
 
 
 def pull_fast(

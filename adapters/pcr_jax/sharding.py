@@ -44,7 +44,8 @@ class Layout:
 
         Raises:
             TypeError: something else than a NamedSharding.
-            ValueError: several meshes, or a data axis that the mesh does not have.
+            ValueError: several meshes, a data axis that the mesh does not have, or a dimension that is split over data
+                axes and others together.
         """
         flat = jax.tree_util.tree_flatten_with_path(shardings)[0]
         for path, sharding in flat:
@@ -65,6 +66,14 @@ class Layout:
                     f"data_axis: {axis!r} is not one of the mesh's axes {tuple(mesh.axis_names)}; give () where "
                     "rollouts are not split"
                 )
+        for path, sharding in flat:
+            for entry in sharding.spec:
+                axes = _axes(entry)
+                if 0 < sum(axis in data for axis in axes) < len(axes):
+                    raise ValueError(
+                        f"shardings: one dimension of {path_name(path)} is split over {axes}, data axes ({data}) and "
+                        "others together, which would mix up its parts; split another dimension over the others"
+                    )
         return cls(mesh, data, tuple(sharding.spec for _, sharding in flat))
 
     @property

@@ -20,7 +20,7 @@ class Stages:
     """Two functions of flat inputs that make the whole.
 
     Attributes:
-        lower: inputs -> (values of floating type that the upper stage reads, the others).
+        lower: inputs -> (values of floating or complex type that the upper stage reads, the others).
         upper: (inputs, floating, others) -> outputs.
         read_above: indices of the inputs that the upper stage reads itself.
     """
@@ -39,8 +39,8 @@ def split(function: Callable[..., Any], inputs: Sequence[Any], watched: Collecti
     below, above = jaxpr.eqns[:first], jaxpr.eqns[first:]
     wanted = {v for eqn in above for v in _read(eqn)} | {v for v in jaxpr.outvars if not isinstance(v, Literal)}
     made = [v for eqn in below for v in eqn.outvars if v in wanted]
-    floating = [v for v in made if jnp.issubdtype(v.aval.dtype, jnp.floating)]
-    others = [v for v in made if not jnp.issubdtype(v.aval.dtype, jnp.floating)]
+    floating = [v for v in made if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+    others = [v for v in made if not jnp.issubdtype(v.aval.dtype, jnp.inexact)]
 
     def stage(equations: list[Any], invars: list[Any], outvars: list[Any]) -> Callable[..., list[Any]]:
         names = jaxpr.debug_info.with_unknown_names()

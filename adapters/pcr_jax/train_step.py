@@ -106,7 +106,8 @@ def init_state(
     are those of `make_train_step`; only TemporalPrior asks for them.
     """
     check_floating(params, "params")
-    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    # of a dtype that is meant: a weakly typed array would become another in the first step, which compiles anew
+    params = jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), params)
     prior = None
     if is_temporal(rule):
         prior = init_prior(params, blocks if isinstance(blocks, Blocks) else select_blocks(params, blocks, granularity))
@@ -183,7 +184,10 @@ def make_train_step(
         raise TypeError(f"optimizer: expected an optax.GradientTransformation, got {type(optimizer).__name__}")
     if normalization not in get_args(Normalization):
         raise ValueError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
-    if microbatch is not None and (microbatch < group_size or microbatch % group_size):
+    for name, value in (("group_size", group_size), ("microbatch", microbatch)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    if microbatch is not None and microbatch % group_size:
         raise ValueError(f"microbatch: expected whole groups of {group_size} responses, got {microbatch}")
 
     if shardings is not None and not isinstance(shardings, TrainState):
@@ -221,7 +225,9 @@ def make_train_step(
             _check_layout(layout, shardings, state, rollouts, group_size)
             rollouts = layout.split(rollouts)
         if rollouts.present is not None:
-            rollouts = replace(rollouts, mask=(rollouts.mask != 0) & rollouts.present[:, None])
+            there = rollouts.present
+            advantages = jnp.where(there, rollouts.advantages, 0)  # whatever the rows that fill up hold
+            rollouts = replace(rollouts, mask=(rollouts.mask != 0) & there[:, None], advantages=advantages)
         normalizer = batch_normalizer((rollouts.mask != 0).astype(jnp.float32), normalization)
         n = rollouts.mask.shape[0]
         present = n if rollouts.present is None else jnp.sum(rollouts.present)

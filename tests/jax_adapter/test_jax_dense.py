@@ -147,7 +147,39 @@ def flattened(p: Any, x: Any) -> Any:
     return dense(x.reshape(-1, 4), p["w"]).reshape(x.shape)
 
 
+def scanned(p: Any, x: Any) -> Any:
+    return jax.lax.scan(lambda h, _: (jnp.tanh(dense(h, p["w"])), None), x, None, length=3)[0]
+
+
+def recurrent(p: Any, x: Any) -> Any:
+    def cell(h: Any, token: Any) -> Any:
+        h = jnp.tanh(dense(h, p["w"]) + token)
+        return h, h
+
+    return jnp.swapaxes(jax.lax.scan(cell, jnp.zeros(x[:, 0].shape), jnp.swapaxes(x, 0, 1))[1], 0, 1)
+
+
+def branched(p: Any, x: Any) -> Any:
+    return jax.lax.cond(True, lambda h: 2 * h @ p["w"], lambda h: dense(h, p["w"]), x)
+
+
+def jitted(p: Any, x: Any) -> Any:
+    return jax.jit(lambda h: dense(h, p["w"]) + jnp.tanh(h @ p["w"]))(x)
+
+
+def rematerialised(p: Any, x: Any) -> Any:
+    return jax.checkpoint(lambda h: dense(h, p["w"]) + jnp.tanh(h @ p["w"]))(x)
+
+
+def traced_once_run_twice(p: Any, x: Any) -> Any:
+    layer = jax.jit(lambda h: jnp.tanh(dense(h, p["w"])))
+    return jax.jit(lambda h: layer(layer(h)))(x)
+
+
 CASES = [
+    *((model, "inside scan, jit, remat or cond") for model in (scanned, branched, jitted, rematerialised)),
+    (recurrent, "inside scan, jit, remat or cond"),
+    (traced_once_run_twice, "inside scan, jit, remat or cond"),
     (lambda p, x: dense(x, p["w"].astype("bfloat16")), "did not reach pcr_jax.dense as it is"),
     (lambda p, x: dense(x, 2 * p["w"]), "did not reach"),
     (lambda p, x: jax.checkpoint(lambda w: dense(x, w))(p["w"]), "did not reach"),
@@ -177,3 +209,33 @@ def test_refused_where_it_would_be_wrong_and_right_in_the_loop(model: Any, reaso
     auto = run("auto").plasticity["w"]
     logp, pull = jax.vjp(lambda p: logp_fn(p, batch()), params)
     assert relative(auto, pull(cotangents(logp, batch())[0])[0]["w"]) <= 0.02
+
+
+@pytest.mark.parametrize("model", [scanned, recurrent, jitted, traced_once_run_twice])
+def test_a_kernel_outside_the_blocks_is_left_to_jax_there(model: Any) -> None:
+    params = {name: jax.random.normal(jax.random.key(k), (4, 4)) for k, name in enumerate(("block", "w"))}
+
+    def logp_fn(params: Any, rows: Any) -> Any:
+        return jax.nn.log_softmax(model(params, jnp.tanh(dense(rows["x"], params["block"]))))[..., 0]
+
+    chosen = select_blocks(params, "block")
+    got = pullback(logp_fn, params, batch(), cotangents, blocks=chosen, group_size=3, norms="fast")
+    logp, pull = jax.vjp(lambda p: logp_fn(p, batch()), params)
+    w_p, w_s = cotangents(logp, batch())
+    assert relative(got.plasticity["w"] + got.stability["w"], pull(w_p + w_s)[0]["w"]) <= 1e-5
+
+
+def test_complex_numbers_cross_the_first_block_kernel() -> None:
+    params = {name: jax.random.normal(jax.random.key(k), (4, 4)) for k, name in enumerate(("embed", "one", "two"))}
+
+    def logp_fn(params: Any, rows: Any) -> Any:
+        z = jnp.fft.fft(rows["x"] @ params["embed"], axis=-1)
+        out = dense(jnp.tanh(z.real), params["one"]) + jnp.tanh(dense(z.imag, params["two"]))
+        return jax.nn.log_softmax(out)[..., 0]
+
+    both(logp_fn, params, "one|two")
+    chosen = select_blocks(params, "one|two")
+    got = pullback(logp_fn, params, batch(), cotangents, blocks=chosen, group_size=3, norms="fast")
+    logp, pull = jax.vjp(lambda p: logp_fn(p, batch()), params)
+    assert relative(got.plasticity["embed"] + got.stability["embed"],
+                    pull(sum(cotangents(logp, batch())))[0]["embed"]) <= 1e-5  # fmt: skip

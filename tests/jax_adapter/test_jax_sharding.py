@@ -110,11 +110,15 @@ def test_bad_layouts_are_refused_with_the_reason() -> None:
     alone = jax.tree.map(lambda x: SingleDeviceSharding(jax.devices()[0]), state)
     mixed = jax.tree.map(lambda x: x, where)
     mixed.params["head"] = elsewhere
+    both = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    together = jax.tree.map(lambda x: NamedSharding(both, PartitionSpec()), where)
+    together.params["head"] = NamedSharding(both, PartitionSpec(None, ("model", "data")))
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (TypeError, "shardings: embed is a SingleDeviceSharding, expected a NamedSharding", lambda: step_on(alone)),
         (ValueError, "shardings: head is on another mesh than embed", lambda: step_on(mixed)),
         (ValueError, "data_axis: 'batch' is not one of the mesh's axes", lambda: step_on(where, data_axis="batch")),
         (TypeError, "shardings: expected a TrainState", lambda: step_on(where.params)),
+        (ValueError, "one dimension of head is split over", lambda: step_on(together)),
     ]
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
