@@ -185,7 +185,7 @@ def make_train_step(
     if normalization not in get_args(Normalization):
         raise ValueError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
     for name, value in (("group_size", group_size), ("microbatch", microbatch)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
     if microbatch is not None and microbatch % group_size:
         raise ValueError(f"microbatch: expected whole groups of {group_size} responses, got {microbatch}")

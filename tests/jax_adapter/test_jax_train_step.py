@@ -90,9 +90,22 @@ def test_bad_input_is_named() -> None:
         make_train_step(tiny.forward, "adam", **options)
     with pytest.raises(ValueError, match="normalization"):
         make_train_step(tiny.forward, optax.sgd(1.0), **options, normalization="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="group_size: expected a positive integer, got 0"):
+        make_train_step(tiny.forward, optax.sgd(1.0), **{**options, "group_size": 0}, microbatch=4)
+    with pytest.raises(ValueError, match="microbatch: expected a positive integer"):
+        make_train_step(tiny.forward, optax.sgd(1.0), **options, microbatch=2.0)
     with pytest.raises(ValueError, match="microbatch: expected whole groups of 3"):
         make_train_step(tiny.forward, optax.sgd(1.0), **options, microbatch=4)
     step = make_train_step(tiny.forward, optax.sgd(1.0), **options)
     state = init_state(tiny.on_device(tiny.parameters()), optax.sgd(1.0))
     with pytest.raises(TypeError, match="rollouts: expected"):
         step(state, tiny.rollouts())
+
+
+def test_parameters_without_a_meant_dtype_get_one() -> None:
+    """Weakly typed ones would be others after the first step, which compiles anew for them."""
+    params = {"w": jnp.full((3, 3), 1.0)}
+    assert params["w"].weak_type
+    state = init_state(params, optax.sgd(1.0))
+    assert not state.params["w"].weak_type
+    assert state.params["w"].dtype == params["w"].dtype
