@@ -283,6 +283,14 @@ def test_padding_never_contributes(norms: Any, left: list[int]) -> None:
     assert_right(method, logp, data.objective(logp), data.group_ids, rows=unpadded(model, data, left))
 
 
+def assert_refused_on_the_fast_path(model: nn.Module, data: Batch, logp_of: Callable[[], Tensor], message: str) -> None:
+    method = PCR(model, norms="fast")
+    logp = logp_of()
+    with pytest.raises(ValueError, match=message):
+        method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
+    method.remove()
+
+
 def test_packed_rows_are_refused_on_the_fast_path_and_right_in_the_loop() -> None:
     """All responses in one row; their log-probabilities are put back into (n, T)."""
     model, data = tiny_model("llama"), batch()
@@ -294,11 +302,8 @@ def test_packed_rows_are_refused_on_the_fast_path_and_right_in_the_loop() -> Non
         logits = packed.reshape(n, length, -1)[:, data.prompt - 1 : -1].log_softmax(-1)
         return logits.gather(-1, data.tokens[:, data.prompt :, None]).squeeze(-1)
 
-    method = PCR(model, norms="fast")
-    lp = logp()
-    with pytest.raises(ValueError, match=r"input of shape \(1, 48, 24\).*Packed batches and routed experts need PCR"):
-        method.accumulate(lp, data.objective(lp), group_ids=data.group_ids)
-    method.remove()
+    message = r"input of shape \(1, 48, 24\).*Packed batches and routed experts need PCR"
+    assert_refused_on_the_fast_path(model, data, logp, message)
     lp = logp()
     full = [0] * 6
     whole_mask = Batch(data.tokens, torch.ones_like(data.mask), data.group_ids, data.advantages, data.prompt)
@@ -325,11 +330,8 @@ def test_a_batch_in_another_order_is_refused_on_the_fast_path_and_right_in_the_l
     def logp() -> Tensor:
         return select(data.rows(order.tolist()).logp(model), order.argsort())
 
-    method = PCR(model, norms="fast")
-    lp = logp()
-    with pytest.raises(ValueError, match=r"another order than that of logp: row 1 of its input belongs to response 2"):
-        method.accumulate(lp, data.objective(lp), group_ids=data.group_ids)
-    method.remove()
+    message = "another order than that of logp: row 1 of its input belongs to response 2"
+    assert_refused_on_the_fast_path(model, data, logp, message)
     lp = logp()
     assert_right(PCR(model, norms="loop", rule=RULE), lp, data.objective(lp), data.group_ids)
 

@@ -89,60 +89,6 @@ def test_of_the_lowest_blocks_only_the_sum_goes_on() -> None:
     assert "lm_head" not in in_whole
 
 
-class SharedUp(nn.Module):
-    """A layer in no block that all others share: in the lowest of them alone only the streams' sum goes on from it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 6)
-        self.up = nn.Linear(6, 8)
-        self.layers = nn.ModuleList(nn.Linear(8, 6) for _ in range(3))
-        self.head = nn.Linear(6, 31)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embed(tokens)
-        for down in self.layers:
-            hidden = (hidden + down(torch.tanh(self.up(hidden)))).cumsum(1) / 3  # in attention's place
-        out: Tensor = self.head(hidden)
-        return out
-
-
-def test_a_shared_layer_goes_on_with_both_streams_but_in_its_lowest_call() -> None:
-    torch.manual_seed(0)
-    assert_streams(SharedUp())
-
-
-class Chain(nn.Module):
-    """A chain, in which a segment ends with the layer below the lowest block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 6)
-        self.low = nn.Linear(6, 6)
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
-        self.head = nn.Linear(6, 31)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.low(torch.tanh(self.embed(tokens)))
-        for layer in self.layers:
-            hidden = torch.tanh(layer(hidden)).cumsum(1)
-        out: Tensor = self.head(hidden)
-        return out
-
-
-def test_the_lowest_block_may_lie_on_a_layer_frozen_meanwhile() -> None:
-    torch.manual_seed(0)
-    model = Chain()
-    method = PCR(model, blocks=r"layers\.\d.weight", norms="fast")
-    model.low.requires_grad_(False)
-    logp, cotangents, ids = problem(model)
-    method.accumulate_cotangents(logp(), *cotangents, group_ids=ids)
-    found = method.resolve().statistics
-    method.remove()
-    expected = resolved(model, logp, cotangents, ids, blocks=r"layers\.\d.weight", norms="loop")[0]
-    assert_statistics_close(found, expected, 1e-5)
-
-
 @pytest.mark.parametrize("path", ["layers.0.post_attention_layernorm", "layers.1.post_attention_layernorm"])
 def test_hooks_below_the_lowest_block_get_gradients(path: str) -> None:
     """Also in the pass in which nothing goes on from that block."""
@@ -260,6 +206,54 @@ def test_segments_that_end_in_several_shapes_or_without_a_gradient() -> None:
     assert len(segments(logp_of(model, torch.randint(31, (6, 5))))) > 3
     method.remove()
     assert_streams(model)
+
+
+class SharedUp(Skipping):
+    """A layer in no block that all others share: in the lowest of them alone only the streams' sum goes on from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for down in self.layers:
+            hidden = (hidden + down(torch.tanh(self.up(hidden)))).cumsum(1) / 3  # in attention's place
+        out: Tensor = self.head(hidden)
+        return out
+
+
+def test_a_shared_layer_goes_on_with_both_streams_but_in_its_lowest_call() -> None:
+    torch.manual_seed(0)
+    assert_streams(SharedUp())
+
+
+class Chain(Skipping):
+    """A segment ends with the layer below the lowest block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Linear(8, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.low(torch.tanh(self.embed(tokens)))
+        for layer in self.layers:
+            hidden = torch.tanh(layer(hidden)).cumsum(1)
+        out: Tensor = self.head(hidden)
+        return out
+
+
+def test_the_lowest_block_may_lie_on_a_layer_frozen_meanwhile() -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    method = PCR(model, blocks=r"layers\.\d.weight", norms="fast")
+    model.low.requires_grad_(False)
+    logp, cotangents, ids = problem(model)
+    method.accumulate_cotangents(logp(), *cotangents, group_ids=ids)
+    found = method.resolve().statistics
+    method.remove()
+    expected = resolved(model, logp, cotangents, ids, blocks=r"layers\.\d.weight", norms="loop")[0]
+    assert_statistics_close(found, expected, 1e-5)
 
 
 class Plain(Skipping):
