@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pcr_core
@@ -19,6 +18,7 @@ from pcr_torch.batch import check_batch
 from pcr_torch.blocks import Granularity, Selector, select_blocks
 from pcr_torch.combine import add_combination
 from pcr_torch.distributed import average, local, unwrap
+from pcr_torch.parameters import check_parameters
 from pcr_torch.products import WORKSPACE
 from pcr_torch.pullback import backward_others, per_response, total_dtype
 from pcr_torch.recorder import Recorder
@@ -291,13 +291,7 @@ class PCR:
     def _pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> None:
         self._refuse_torn()
         ids = check_batch(logp, cotangents, group_ids, self.strata)
-        self._refuse_replaced()
-        self._refuse_hooked()
-        for name, parameter in self._parameters.items():
-            if not parameter.requires_grad:
-                raise ValueError(
-                    f"{name} is in a block and was frozen after PCR(model) was made; make PCR(model) again"
-                )
+        check_parameters(self.model, self._parameters, fast=self._recorder is not None, sharded=self._sharded)
         cotangents = tuple(c.detach() for c in cotangents)
         self._torn = True
         if self.measuring:
@@ -376,26 +370,3 @@ class PCR:
                 "them), and left a part of that micro-batch in the gradients. Call discard() and zero the gradients, "
                 "then take the step's micro-batches again"
             )
-
-    def _refuse_hooked(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and getattr(parameter, "_post_accumulate_grad_hooks", None):
-                raise ValueError(
-                    f"{name} has a post-accumulate-grad hook, which would run before its gradient is resolved "
-                    "(optimizers that step within the backward pass register such); step after resolve() instead"
-                )
-            if self._recorder is not None and name in self._parameters and parameter._backward_hooks:
-                raise ValueError(
-                    f"{name} is in a block and has a hook on its gradient, which the fast path does not run; use "
-                    "norms='loop' (it runs for every response and stream), or change .grad after resolve()"
-                )
-
-    def _refuse_replaced(self) -> None:
-        for name, parameter in self._parameters.items():
-            owner, _, attribute = name.rpartition(".")
-            now = getattr(self.model.get_submodule(owner), attribute, None)
-            if now is not parameter and (isinstance(now, DTensor) or not self._sharded):
-                raise ValueError(
-                    f"{name} is not the parameter that PCR(model) was made with; sharding, moving or loading the model "
-                    "replaced it. Make PCR(model) after that, and before the forward pass"
-                )
