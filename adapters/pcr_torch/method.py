@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -20,13 +21,14 @@ from pcr_torch.combine import add_combination
 from pcr_torch.distributed import average, local, unwrap
 from pcr_torch.parameters import check_parameters
 from pcr_torch.products import WORKSPACE
-from pcr_torch.pullback import backward_others, per_response, total_dtype
+from pcr_torch.pullback import Pulled, Total, backward_others, per_response, total_dtype
 from pcr_torch.recorder import Recorder
 from pcr_torch.report import Report
 from pcr_torch.statistics import BlockSums, Totals
 from pcr_torch.temporal import TemporalFilter
 
 Norms = Literal["auto", "fast", "loop"]
+_log = logging.getLogger("pcr_torch")
 _NOTHING = "resolve() before accumulate(): there are no gradients to resolve"
 
 
@@ -48,8 +50,10 @@ class PCR:
         rule: any `pcr_core.Rule`; `pcr_core.PCR()` by default.
         strata: "group": scatter within groups; "batch": within each micro-batch, allows groups of one response.
         norms: how per-response norms are had. "fast" measures them in the backward pass of linear layers; "loop" runs
-            one backward pass per response and stream; "auto" is "fast" where every block parameter sits in a plain
-            linear layer, else "loop".
+            one backward pass per response and stream; "auto" is "fast" for every block parameter of which it is right
+            (a plain linear layer, used once, whose rows the autograd graph shows to be those of the responses) and the
+            loop for the others alone, which a log message and `path` tell. "fast" trusts that activations (n, tokens,
+            features) are those of the n responses, in their order, where the graph does not tell.
         every: with K > 1 only every K-th step takes two backward passes and measures. The steps between take one, of
             the two streams weighted as last measured, at the cost of an ordinary update. That is exact in form only
             where one pair of weights serves all that is trained: one block that holds every trainable parameter
@@ -127,20 +131,23 @@ class PCR:
             self._refuse_inexact(every)
         recorder = Recorder(self.model, self._parameters, workspace)
         if norms == "fast" and recorder.uncovered:
+            name, why = next(iter(recorder.uncovered.items()))
             raise ValueError(
-                f"norms='fast' measures plain linear layers only, and {recorder.uncovered[0]} is in none, or tied, or "
-                f"its layer has a forward of its own, such as accelerate's hooks ({len(recorder.uncovered)} such "
-                "parameters); use norms='loop' or other blocks"
+                f"norms='fast' measures plain linear layers only; {name}: {why} ({len(recorder.uncovered)} such "
+                "parameters). Use norms='auto', which takes the loop for these alone, or other blocks"
             )
         if self._sharded and (norms == "loop" or recorder.uncovered):
             raise ValueError(
                 "norms='loop' differentiates by whole weights, which a sharded model does not have; use norms='fast' "
-                f"and blocks in plain linear layers (outside of them: {list(recorder.uncovered[:3])}), or no sharding"
+                f"and blocks in plain linear layers (outside of them: {list(recorder.uncovered)[:3]}), or no sharding"
             )
-        self._recorder = None if norms == "loop" or recorder.uncovered else recorder
+        self._trusting = norms == "fast"
+        self._recorder = None if norms == "loop" or len(recorder.uncovered) == len(self._parameters) else recorder
         if self._recorder is not None:
             self._recorder.install()
-        self.norms: Literal["fast", "loop"] = "loop" if self._recorder is None else "fast"
+        self._looped: dict[str, str] = {} if norms == "loop" else dict(recorder.uncovered)
+        if self._looped:
+            self._tell(self._looped)
         self._sums = BlockSums.over(self.blocks, self._parameters, self._ranks)
         self._filter = TemporalFilter(self._sums)
         ignored = set() if self._ddp is None else self._ddp.parameters_to_ignore
@@ -306,13 +313,67 @@ class PCR:
         for row, q in enumerate(ids.tolist()):
             strata[q].append(row)
         totals = [self._totals[stream] for stream in streams]
-        if self._recorder is not None:
-            pulled = self._recorder.pull(logp, cotangents, strata, totals)
-        else:
+        if self._recorder is None:
             pulled = per_response(logp, cotangents, self._parameters, strata, totals)
             backward_others(logp, cotangents, self._others)
+        else:
+            pulled = self._pull_fast(self._recorder, logp, cotangents, strata, totals)
         scatter = self._sums.scatter(streams, pulled, ids)
         self._scatter = scatter if self._scatter is None else pcr_core.merge(self._scatter, scatter)
+
+    def _pull_fast(
+        self,
+        recorder: Recorder,
+        logp: Tensor,
+        cotangents: tuple[Tensor, ...],
+        strata: list[list[int]],
+        totals: list[Total],
+    ) -> Pulled:
+        """What probes can measure in two backward passes; the loop for the other block parameters alone."""
+        looped = recorder.survey(logp, trusting=self._trusting)
+        if looped and (self._trusting or self._sharded):
+            name, why = next(iter(looped.items()))
+            raise ValueError(
+                f"{name} cannot be measured on the fast path: {why} ({len(looped)} such parameters). "
+                + ("Leave it out of the blocks" if self._sharded else "Use norms='auto' or norms='loop'")
+            )
+        if looped.keys() != self._looped.keys():
+            self._tell({name: why for name, why in looped.items() if name not in self._looped})
+        self._looped = looped
+        alone = {name: self._parameters[name] for name in looped}
+        kept = [parameter.grad for parameter in alone.values()]
+        by_loop = per_response(logp, cotangents, alone, strata, totals) if alone else None
+        pulled = recorder.pull(logp, cotangents, strata, totals, skipped=alone)
+        if by_loop is not None:
+            columns = [k for k, name in enumerate(self._parameters) if name in alone]
+            pulled.response[:, :, columns] = by_loop.response
+            pulled.stratum[:, :, columns] = by_loop.stratum
+        for parameter, gradient in zip(alone.values(), kept, strict=True):
+            parameter.grad = gradient  # their streams are in the totals, and the passes of the others added the sum
+        return pulled
+
+    def _tell(self, looped: Mapping[str, str]) -> None:
+        """Once for each parameter: an update takes a backward pass per response and stream because of it."""
+        if looped:
+            name, why = next(iter(looped.items()))
+            _log.warning(
+                "%d of %d block parameters take one backward pass per response and stream, such as %s: %s. "
+                "PCR(model).path lists them; leave them out of the blocks for speed",
+                len(looped), len(self._parameters), name, why,
+            )  # fmt: skip
+
+    @property
+    def path(self) -> dict[str, str]:
+        """How the noise of each block parameter is measured: "fast", or "loop" with the reason, as last decided."""
+        if self._recorder is None and not self._looped:
+            return dict.fromkeys(self._parameters, "loop: norms='loop'")
+        return {name: f"loop: {self._looped[name]}" if name in self._looped else "fast" for name in self._parameters}
+
+    @property
+    def norms(self) -> Literal["fast", "loop", "mixed"]:
+        """Which ways `path` names."""
+        ways = {how.partition(":")[0] for how in self.path.values()}
+        return "mixed" if len(ways) > 1 else "loop" if "loop" in ways else "fast"
 
     def _pull_weighted(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...]) -> None:
         """One backward pass of the streams with the weights of the last measured step."""

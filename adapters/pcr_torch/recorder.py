@@ -22,6 +22,7 @@ from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor
 
 from pcr_torch.distributed import kept_whole, local, reduce_scatter
+from pcr_torch.owners import Owners, by_response, survey
 from pcr_torch.probe import install, layout, remove
 from pcr_torch.products import WORKSPACE, Products, bias_products, in_range, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, Total, add_total, total_dtype, wide_dtype
@@ -45,6 +46,8 @@ class Recorder:
         self._lowest: Collection[Node] = ()  # calls whose input's gradient is wanted of the streams' sum alone
         # FSDP schedules its gathering by whole backward passes
         self._sharded = any(isinstance(p, DTensor) for p in parameters.values())
+        self._skipped: Collection[str] = ()  # block parameters that are measured elsewhere
+        self._owners: dict[str, Owners] = {}  # of the rows of each layer, where they are known
         self._modules: dict[str, nn.Module] = {}
         # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
         self._members: dict[str, dict[str, str]] = {}
@@ -56,9 +59,14 @@ class Recorder:
             if layout(module) is not None and (mine or cast(Tensor, module.weight).requires_grad):
                 self._modules[path] = module
                 self._members[path] = mine
-        # a tied weight's gradient has parts from several layers, and its norms need their sum
         found = {name for mine in self._members.values() for name in mine.values()}
-        self.uncovered = tuple(n for n, p in parameters.items() if n not in found or uses[id(p)] > 1)
+        # of block parameters that no probe measures: why
+        self.uncovered: dict[str, str] = {}
+        for name, p in parameters.items():
+            if name not in found:
+                self.uncovered[name] = "it is in no plain linear layer, or its layer has a forward of its own"
+            elif uses[id(p)] > 1:  # its gradient has parts from several layers, and its norms need their sum
+                self.uncovered[name] = "it is tied"
 
     def install(self) -> None:
         for path, module in self._modules.items():
@@ -68,16 +76,49 @@ class Recorder:
         for module in self._modules.values():
             remove(module)
 
+    def survey(self, logp: Tensor, *, trusting: bool) -> dict[str, str]:
+        """Why block parameters cannot be measured in the backward passes of `logp`, by name; those absent can.
+
+        Args:
+            logp: (n, T) with its graph.
+            trusting: whether rows (n, tokens, features) that the graph does not show to be those of the responses, in
+                their order, are taken to be.
+        """
+        found = survey(logp)
+        why = dict(self.uncovered)
+        self._owners = {}
+        for path, mine in self._members.items():
+            calls = found.calls.get(path, [])
+            reason = "its layer is used twice in one forward pass" if len(calls) > 1 else None
+            if len(calls) == 1:
+                owners = calls[0]
+                if not isinstance(owners, str):
+                    self._owners[path] = owners
+                elif not trusting:
+                    reason = f"the rows of its input are not known to be those of the responses ({owners})"
+            for name in mine.values():
+                if id(self._parameters[name]) in found.bypassed and not self._sharded:
+                    why.setdefault(
+                        name,
+                        "it is used outside its layer (tied, or read by a fused kernel or another forward), or "
+                        "logp was computed before PCR(model) was made",
+                    )
+                elif reason is not None:
+                    why.setdefault(name, reason)
+        return why
+
     def pull(
         self,
         logp: Tensor,
         cotangents: Sequence[Tensor],
         strata: Sequence[Sequence[int]],
         totals: Sequence[Total],
+        skipped: Collection[str] = (),
     ) -> Pulled:
-        """Backward passes over logp's graph (freed at the end).
+        """Backward passes over logp's graph (freed at the end); `survey` has been called with it.
 
         Streams' gradients of block parameters are added to `totals` where they arise, those of others to their .grad.
+        Block parameters that are `skipped` count among the others, and their inner products are 0.
         """
         pairs = PAIRS[len(cotangents)]
         dtype = wide_dtype(logp.device)
@@ -86,8 +127,8 @@ class Recorder:
             torch.zeros(shape, dtype=dtype, device=logp.device),
             torch.zeros((len(pairs), len(strata), len(self._index)), dtype=dtype, device=logp.device),
         )
-        self._strata, self._totals = strata, totals
-        before = {name: _version(p.grad) for name, p in self._parameters.items()}
+        self._strata, self._totals, self._skipped = strata, totals, frozenset(skipped)
+        before = {name: _version(p.grad) for name, p in self._parameters.items() if name not in self._skipped}
         try:
             self._through(logp, cotangents)
             if self._kept:
@@ -98,19 +139,17 @@ class Recorder:
             self._pass = "off"
             self._kept.clear()
             self._seen.clear()
-            self._lowest, self._shares = (), {}
+            self._lowest, self._shares, self._skipped = (), {}, ()
             del self._pulled, self._totals
 
     def _through(self, logp: Tensor, cotangents: Sequence[Tensor]) -> None:
         """The streams' backward passes, segment by segment; as one above what mixes rows, and below the blocks."""
         chain = whole() if self._sharded else segments(logp)
-        for segment in chain:
-            self._refuse_reordered(segment.rows or {}, logp.shape)
         held = [segment.leaves for segment in chain]
-        ours = {id(parameter) for parameter in self._parameters.values()}
+        ours = {id(parameter) for name, parameter in self._parameters.items() if name not in self._skipped}
         # blocks that are not seen may hide in a node that keeps its graph to itself, as reentrant checkpointing does
         hidden = not ours <= frozenset().union(*held)
-        if not hidden and len(cotangents) > 1:
+        if ours and not hidden and len(cotangents) > 1:
             lowest = max(k for k, each in enumerate(held) if ours & each)
             self._lowest = ends(chain[lowest], logp, ours)
         streams = [[cotangent] for cotangent in cotangents]
@@ -135,8 +174,8 @@ class Recorder:
                 return
 
     def _refuse_bypass(self, before: dict[str, tuple[int, int] | None]) -> None:
-        for name, parameter in self._parameters.items():
-            if _version(parameter.grad) != before[name]:
+        for name, version in before.items():
+            if _version(self._parameters[name].grad) != version:
                 raise ValueError(
                     f"{name} got a gradient that the fast path did not see: logp was computed before PCR(model) was "
                     "made, or the weight is used outside its layer (tied, or read by a fused kernel). Make PCR(model) "
@@ -153,7 +192,8 @@ class Recorder:
         """
         path: str = node.path
         transposed = layout(self._modules[path]) == "in_out"
-        members: Mapping[str, str] = {} if self._pass == "off" else self._members[path]
+        held = {} if self._pass == "off" else self._members[path]
+        members = {at: name for at, name in held.items() if name not in self._skipped}
         again = self._seen_again(path)
         if members:
             self._refuse_unmeasurable(path, x, again)
@@ -175,7 +215,7 @@ class Recorder:
             assert x is not None
             with torch.no_grad():
                 streams = tuple(share_of(dy, s) for s in self._shares[path]) if self._pass == "both" else dys
-                self._measure(members, x, streams, transposed)
+                self._measure(members, *self._by_response(path, x, streams), transposed)
         return dx, *_outside(x, total, left, transposed)
 
     def _seen_again(self, path: str) -> bool:
@@ -186,29 +226,22 @@ class Recorder:
         self._seen |= passes
         return again
 
-    def _refuse_reordered(self, rows: Mapping[str, Tensor], shape: torch.Size) -> None:
-        """`rows` are known above the last attention only, and none of theirs may belong to another response."""
-        place = torch.arange(shape[0])[:, None]
-        for path, mine in rows.items():
-            if self._members[path] and mine.ndim == 2 and len(mine) == shape[0]:
-                owner = torch.where(mine < shape.numel(), mine // shape[1], place.to(mine.device)).cpu()
-                if not owner.equal(place.expand_as(owner)):
-                    row = int((owner != place).any(dim=1).nonzero()[0])
-                    raise ValueError(
-                        f"{path} gets responses in another order than that of logp: row {row} of its input belongs to "
-                        f"response {int(owner[row].max())}. Put logp, cotangents and group_ids in the order of the "
-                        "forward pass, or use PCR(..., norms='loop')"
-                    )
-
     def _refuse_unmeasurable(self, path: str, x: Tensor | None, again: bool) -> None:
         if again:
             raise ValueError(f"{path} is used twice in one forward pass; use PCR(..., norms='loop')")
         n = self._pulled.response.shape[1]
-        if x is None or x.ndim != 3 or x.shape[0] != n:
+        if path not in self._owners and (x is None or x.ndim != 3 or x.shape[0] != n):
             raise ValueError(
                 f"{path} got input of shape {tuple(x.shape) if x is not None else ()}; the fast path expects ({n}, "
-                "tokens, features), a row a response. Packed batches and routed experts need PCR(..., norms='loop')"
+                "tokens, features), a row a response. Use norms='auto' or 'loop'"
             )
+
+    def _by_response(self, path: str, x: Tensor, dys: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(n, tokens, features) of inputs and output gradients."""
+        if path not in self._owners:
+            return x, dys
+        x, *arranged = by_response(self._owners[path], self._pulled.response.shape[1], (x, *dys))
+        return x, tuple(arranged)
 
     def _measure(self, members: Mapping[str, str], x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> None:
         for attribute, name in members.items():

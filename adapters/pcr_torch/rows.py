@@ -22,7 +22,7 @@ from torch.autograd.graph import Node
 from pcr_torch.probe import is_probe
 
 # fmt: off
-_ELEMENTWISE = {
+ELEMENTWISE = {
     "Abs", "Add", "Alias", "Clamp", "ClampMax", "ClampMin", "Clone", "Div", "Elu", "Erf", "Exp", "Exp2", "Expm1",
     "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Log", "Log1P", "MaskedFill", "Maximum", "Minimum",
     "Mish", "Mul", "NativeDropout", "Neg", "Pow", "Reciprocal", "Relu", "Rsqrt", "Rsub", "Sigmoid", "Silu",
@@ -32,10 +32,10 @@ _ALONG = {  # the dimensions that they save
     "Amax", "Cat", "Gather", "LogSoftmax", "Logsumexp", "Mean", "Slice", "Softmax", "Split", "Sum",
 }
 # fmt: on
-_RESHAPING = {"ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"}
-_NORMALISING = {"NativeLayerNorm", "FusedRmsNorm"}
+RESHAPING = {"ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"}
+NORMALISING = {"NativeLayerNorm", "FusedRmsNorm"}
 _LINEAR = {"Addmm": 1, "Linear": 0, "Mm": 0}  # which of their inputs has rows
-_BY_ROWS = {("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")}
+ROW_FUNCTIONS = {("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")}
 
 Shape = tuple[int, ...]
 Below = Sequence[Tensor | None]
@@ -87,19 +87,19 @@ class Rows:
         """Of what the node gives, by edge; None where it may mix rows."""
         if any(into.dtype == torch.float16 for into in node._input_metadata):
             return None
-        shapes = [None if after is None else _shape(after, k) for after, k in node.next_functions]
-        first, lead, kind = shapes[0], rows.shape, node.name().rstrip("0123456789").removesuffix("Backward")
+        shapes = [None if after is None else shape_of(after, k) for after, k in node.next_functions]
+        first, lead, kind = shapes[0], rows.shape, kind_of(node)
         cls = getattr(node, "_forward_cls", None)
         if cls is not None:  # written in Python, under any name
-            known = is_probe(node) or (cls.__module__, cls.__qualname__) in _BY_ROWS
+            known = is_probe(node) or (cls.__module__, cls.__qualname__) in ROW_FUNCTIONS
             return _through_matrix(rows, shapes, 0) if known else None
         if kind in _LINEAR:
             return _through_matrix(rows, shapes, _LINEAR[kind])
-        if kind in _ELEMENTWISE or (kind == "Cat" and shapes == [_shape(node, 0)]):
+        if kind in ELEMENTWISE or (kind == "Cat" and shapes == [shape_of(node, 0)]):
             # broadcasting gives to several rows what has fewer dimensions, or a 1 among these
-            dims = len(_shape(node, 0))
+            dims = len(shape_of(node, 0))
             return [rows if s is not None and len(s) == dims and _starts(s, lead) else None for s in shapes]
-        if kind in _NORMALISING:
+        if kind in NORMALISING:
             within = first is None or len(node._saved_normalized_shape) <= len(first) - len(lead)
             return [rows, *[None] * (len(shapes) - 1)] if within and _starts(first, lead) else None
         if kind == "MaskedScatter":
@@ -111,9 +111,9 @@ class Rows:
         if kind == "Slice" and node._saved_dim < len(lead):
             return [self._sliced(node, rows, first)]
         if kind in _ALONG:
-            within = all(dim >= len(lead) for dim in _dims(node, len(first)))
+            within = all(dim >= len(lead) for dim in dims_of(node, len(first)))
             return [rows] * len(shapes) if within and all(_starts(s, lead) for s in shapes) else None
-        if kind in _RESHAPING:
+        if kind in RESHAPING:
             return self._reshaped(rows, first)
         if kind == "Index" and len(node._saved_indices) == 1 and node._saved_indices[0] is not None:
             return self._indexed(node._saved_indices[0], rows, first)
@@ -133,7 +133,7 @@ class Rows:
         return None
 
     def _sliced(self, node: Any, rows: Tensor, shape: Shape) -> Tensor:
-        start, end = (_signed(bound) for bound in (node._saved_start, node._saved_end))
+        start, end = (signed(bound) for bound in (node._saved_start, node._saved_end))
         whole = self._nowhere(shape[: rows.ndim])
         whole[(slice(None),) * node._saved_dim + (slice(start, end, node._saved_step),)] = rows
         return whole
@@ -155,7 +155,7 @@ class Rows:
     def _scattered(self, node: Any, rows: Tensor, shapes: Sequence[Shape | None]) -> Below | None:
         """One number a row, where a mask has put them."""
         mask, (onto, source) = node._saved_mask, shapes
-        if mask.shape != rows.shape or list(rows.shape) != list(_shape(node, 0)) or source is None:
+        if mask.shape != rows.shape or list(rows.shape) != list(shape_of(node, 0)) or source is None:
             return None
         whole, chosen = self._nowhere((math.prod(source),)), rows[mask]
         whole[: len(chosen)] = chosen
@@ -174,6 +174,11 @@ class Rows:
 
     def _nowhere(self, shape: Sequence[int]) -> Tensor:
         return torch.full(tuple(shape), self._none, device=self._device)
+
+
+def kind_of(node: Node) -> str:
+    """The operation's name: "Mul" of MulBackward0."""
+    return node.name().rstrip("0123456789").removesuffix("Backward")
 
 
 def is_leaf(node: Any) -> bool:
@@ -210,7 +215,7 @@ def _through_matrix(rows: Tensor, shapes: Sequence[Shape | None], k: int) -> Bel
     return [rows if j == k else None for j in range(len(shapes))]
 
 
-def _shape(node: Any, index: int) -> Shape:
+def shape_of(node: Any, index: int) -> Shape:
     """Of a gradient that comes to a node."""
     return tuple(node._input_metadata[index].shape)
 
@@ -219,12 +224,12 @@ def _starts(shape: Shape | None, lead: Sequence[int]) -> bool:
     return shape is None or shape[: len(lead)] == tuple(lead)
 
 
-def _signed(number: Any) -> Any:
+def signed(number: Any) -> Any:
     """Of what is shown as unsigned, if it is there."""
     return number - (1 << 64) if number is not None and number >= 1 << 63 else number
 
 
-def _dims(node: Any, count: int) -> list[int]:
+def dims_of(node: Any, count: int) -> list[int]:
     saved = getattr(node, "_saved_dim", 0)  # 0: all of them
     saved = (0,) if saved is None else saved if isinstance(saved, tuple) else (saved,)
-    return [_signed(dim) % count for dim in saved]
+    return [signed(dim) % count for dim in saved]

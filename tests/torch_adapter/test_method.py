@@ -327,7 +327,7 @@ def test_bad_options_are_refused() -> None:
         PCR(model, rule="pcr")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"norms='fast'.*embed_tokens"):
         PCR(model, blocks="all", norms="fast")
-    assert PCR(model, blocks="all").norms == "loop"
+    assert PCR(model, blocks="all").norms == "mixed"
     with pytest.raises(ValueError, match="DataParallel copies the model within one process"):
         PCR(nn.DataParallel(model))
     with pytest.raises(TypeError, match=r"objective: expected a pcr_core\.Objective"):

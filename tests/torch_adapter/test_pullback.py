@@ -285,7 +285,7 @@ def test_gradients_far_from_one_keep_their_statistics(scale: float) -> None:
         torch.testing.assert_close(getattr(far, name), getattr(one, name) * scale**2, rtol=1e-4, atol=0.0)
 
 
-def test_a_layer_used_twice_is_refused_on_the_fast_path_and_right_in_the_loop() -> None:
+def test_a_layer_used_twice_takes_the_loop() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -308,11 +308,11 @@ def test_a_layer_used_twice_is_refused_on_the_fast_path_and_right_in_the_loop() 
 
     method = PCR(model, blocks="shared.weight", norms="fast")
     lp = logp()
-    with pytest.raises(ValueError, match=r"shared is used twice.*norms='loop'"):
+    with pytest.raises(ValueError, match=r"shared\.weight cannot be measured.*used twice.*norms='auto'"):
         method.accumulate(lp, data.objective(lp), group_ids=data.group_ids)
     method.remove()
     model.zero_grad()
-    method = PCR(model, blocks="shared.weight", norms="loop", rule=pcr_core.GRPO())
+    method = PCR(model, blocks="shared.weight", rule=pcr_core.GRPO())
     lp = logp()
     objective = data.objective(lp)
     (expected,) = torch.autograd.grad(
@@ -340,6 +340,6 @@ def test_a_weight_read_outside_its_layer_is_refused() -> None:
     logp = model(data.tokens)[:, data.prompt - 1 : -1].log_softmax(-1)
     logp = logp.gather(-1, data.tokens[:, data.prompt :, None]).squeeze(-1)
     with pytest.raises(
-        ValueError, match=r"lm_head\.weight got a gradient that the fast path did not see.*outside its layer"
+        ValueError, match=r"lm_head\.weight cannot be measured on the fast path: it is used outside its layer"
     ):
         method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
