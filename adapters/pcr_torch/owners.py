@@ -48,7 +48,7 @@ _MORE_ELEMENTWISE = {
     "Round", "Selu", "Sgn", "Sign", "Sin", "Sinh", "Tan", "Threshold", "Xlogy",
 }
 _ALONG = {  # operations within the dimensions that they save, of the input
-    "Amax", "Amin", "Cat", "Cummax", "Cumprod", "Cumsum", "Flip", "Gather", "Glu", "LinalgVectorNorm",
+    "Amax", "Amin", "Cummax", "Cumprod", "Cumsum", "Flip", "Gather", "Glu", "LinalgVectorNorm",
     "Logcumsumexp", "LogSoftmax", "Logsumexp", "Max", "Mean", "Norm", "Prod", "Roll", "Scatter", "Select",
     "Softmax", "Sort", "Split", "SplitWithSizes", "Std", "Sum", "Topk", "Unbind", "Var",
 }
@@ -57,6 +57,7 @@ _ATTENTION = {
     "ScaledDotProductCudnnAttention", "ScaledDotProductFusedAttentionOverrideable",
 }
 # fmt: on
+_APART = {"Split", "SplitWithSizes", "Unbind"}
 _LINEAR = {"Addmm": 1, "Linear": 0, "Mm": 0, "GroupedMm": 0}  # which of their inputs has rows
 _BATCHED = {"Bmm": (0, 1), "Baddbmm": (0, 1, 2)}
 
@@ -79,24 +80,23 @@ def survey(output: Tensor) -> Survey:
     found = Survey()
     start = cast(Node, output.grad_fn)
     follow = _Follow(output.shape[0])
-    known: dict[Node, Owners | str | None] = {start: follow.responses}
+    known: dict[Node, dict[int, Owners | str | None]] = {start: {output.output_nr: follow.responses}}  # by output
     for node in _from_output(start):
-        mine = known.pop(node, None)
+        mine = known.pop(node, {})
         if is_probe(node):
             # on the way to parameters only: a layer that makes weights
-            why = "its output has no rows of responses" if mine is None else mine
+            why = mine.get(0)
+            why = "its output has no rows of responses" if why is None else why
             found.calls.setdefault(cast(Any, node).path, []).append(why)
-        below = follow.below(node, mine)
-        for (after, _), owners in zip(node.next_functions, below, strict=True):
+        for (after, k), owners in zip(node.next_functions, follow.below(node, mine), strict=True):
             if after is None:
                 continue
             if is_leaf(after):
                 if not is_probe(node):
                     found.bypassed.add(id(cast(Any, after).variable))
-            elif after not in known:
-                known[after] = owners
             else:
-                known[after] = _joined(known[after], owners, node)
+                there = known.setdefault(after, {})
+                there[k] = _joined(there[k], owners, node) if k in there else owners
     return found
 
 
@@ -165,18 +165,38 @@ class _Follow:
         self.responses: Owners = np.arange(n)
         self._views: dict[tuple[int, Shape, Shape], tuple[Owners, Owners | str]] = {}
 
-    def below(self, node: Any, owners: Owners | str | None) -> _Below:
-        inputs = node.next_functions
+    def below(self, node: Any, outputs: dict[int, Owners | str | None]) -> _Below:
+        inputs, kind = node.next_functions, kind_of(node)
+        if kind in _APART and len(inputs) == 1:
+            whole = self._together(node, outputs)
+            if whole is not None:
+                return [whole]
+        first, *others = outputs or {0: None}
+        owners = outputs.get(first)
+        for k in others:
+            owners = _joined(owners, outputs[k], node)
         if owners is None or isinstance(owners, str):
             return [owners] * len(inputs)
-        out = shape_of(node, 0)
+        out = shape_of(node, first)
         shapes = [None if after is None else shape_of(after, k) for after, k in inputs]
-        kind = kind_of(node)
         unknown = f"{kind}, of which it is not known whether it keeps responses apart"
         if out[: owners.ndim] != owners.shape:
             return [unknown] * len(inputs)
         found = self._below(node, kind, owners, out, shapes)
         return [unknown] * len(inputs) if found is None else found
+
+    def _together(self, node: Any, outputs: dict[int, Owners | str | None]) -> Owners | None:
+        """Of what is split along its first dimension."""
+        if signed(node._saved_dim) or any(not isinstance(owners, np.ndarray) for owners in outputs.values()):
+            return None
+        parts, unbound = [], kind_of(node) == "Unbind"
+        depth = max(1, *(cast(Owners, owners).ndim + unbound for owners in outputs.values()))
+        for k in range(len(node._input_metadata)):
+            shape = ((1,) if unbound else ()) + shape_of(node, k)
+            owners = cast(Owners, outputs.get(k, np.asarray(NOBODY)))
+            owners = owners[None] if unbound and k in outputs else owners
+            parts.append(_spread(owners, shape[:depth]) if k in outputs else np.full(shape[:depth], NOBODY))
+        return self._fewest(np.concatenate(parts))
 
     def _below(self, node: Any, kind: str, owners: Owners, out: Shape, shapes: list[Shape | None]) -> _Below | None:
         lead, first = owners.ndim, next((s for s in shapes if s is not None), None)
@@ -186,7 +206,7 @@ class _Follow:
             return self._matrix(owners, shapes, 0) if known else None
         if kind in _LINEAR:
             return self._matrix(owners, shapes, _LINEAR[kind])
-        if kind in ELEMENTWISE or kind in _MORE_ELEMENTWISE or (kind == "Cat" and shapes == [out]):
+        if kind in ELEMENTWISE or kind in _MORE_ELEMENTWISE:
             return [_broadcast(owners, out, s) for s in shapes]
         if kind in NORMALISING:
             within = first is not None and len(node._saved_normalized_shape) <= len(first) - lead
@@ -278,6 +298,16 @@ class _Follow:
     def convolved(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
         batched = owners.ndim == 1 and (shapes[0] is None or shapes[0][0] == out[0])
         return [owners, None, None][: len(shapes)] if batched else None
+
+    def concatenated(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
+        dim = signed(node._saved_dim) % len(out)
+        if dim >= owners.ndim or shapes == [out]:
+            return [owners] * len(shapes)
+        missing = out[0] - sum(s[0] for s in shapes if s is not None)
+        if dim or sum(s is None for s in shapes) > 1:
+            return None
+        ends = np.cumsum([missing if s is None else s[0] for s in shapes])[:-1]
+        return [self._fewest(part) for part in np.split(owners, ends)]
 
     def stacked(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
         return [owners] * len(shapes) if signed(node._saved_dim) % len(out) >= owners.ndim else None
@@ -389,6 +419,7 @@ def _spread(owners: Owners, shape: Shape) -> Owners:
 
 
 _SPECIAL: dict[str, Callable[..., _Below | None]] = {
+    "Cat": _Follow.concatenated,
     "Transpose": _Follow.transposed,
     "Permute": _Follow.permuted,
     "Expand": _Follow.expanded,
