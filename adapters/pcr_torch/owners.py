@@ -57,6 +57,9 @@ _ATTENTION = {
     "ScaledDotProductCudnnAttention", "ScaledDotProductFusedAttentionOverrideable",
 }
 # fmt: on
+# functions written in Python: what goes through as it is, and what works element by element
+_IDENTITIES = {("torch.distributed.fsdp._fully_shard._fsdp_param_group", "RegisterPostBackwardFunction")}
+_BY_ELEMENT = {("transformers.models.bloom.modeling_bloom", "GeLUFunction")}
 _APART = {"Split", "SplitWithSizes", "Unbind"}
 _LINEAR = {"Addmm": 1, "Linear": 0, "Mm": 0, "GroupedMm": 0}  # which of their inputs has rows
 _BATCHED = {"Bmm": (0, 1), "Baddbmm": (0, 1, 2)}
@@ -171,6 +174,8 @@ class _Follow:
             whole = self._together(node, outputs)
             if whole is not None:
                 return [whole]
+        if _function(node) in _IDENTITIES and len(inputs) == len(node._input_metadata):
+            return [outputs.get(k) for k in range(len(inputs))]
         first, *others = outputs or {0: None}
         owners = outputs.get(first)
         for k in others:
@@ -200,9 +205,11 @@ class _Follow:
 
     def _below(self, node: Any, kind: str, owners: Owners, out: Shape, shapes: list[Shape | None]) -> _Below | None:
         lead, first = owners.ndim, next((s for s in shapes if s is not None), None)
-        function = getattr(node, "_forward_cls", None)
+        function = _function(node)
+        if function in _BY_ELEMENT:
+            return [_broadcast(owners, out, s) for s in shapes]
         if function is not None:  # written in Python, under any name
-            known = is_probe(node) or (function.__module__, function.__qualname__) in ROW_FUNCTIONS
+            known = is_probe(node) or function in ROW_FUNCTIONS
             return self._matrix(owners, shapes, 0) if known else None
         if kind in _LINEAR:
             return self._matrix(owners, shapes, _LINEAR[kind])
@@ -405,6 +412,12 @@ def _places(indices: Sequence[Tensor | None], shape: Shape) -> _Places | None:
     arrays = list(np.broadcast_arrays(*(a % size for a, size in zip(arrays, shape))))
     flat = np.ravel_multi_index(tuple(arrays), shape[: len(arrays)]).reshape(-1)
     return _Places(arrays[0].shape, flat, len(arrays))
+
+
+def _function(node: Any) -> tuple[str, str] | None:
+    """Module and name of a function that is written in Python."""
+    function = getattr(node, "_forward_cls", None)
+    return None if function is None else (function.__module__, function.__qualname__)
 
 
 def _broadcast(owners: Owners, out: Shape, shape: Shape | None) -> Owners | None:
