@@ -1,22 +1,20 @@
 """PCR as a drop-in for TRL's GRPO: `PCRTrainer` and `PCRConfig` in place of `GRPOTrainer` and `GRPOConfig`.
 
-The losses stay TRL's own. Its `_compute_loss` is run on one forward pass's log-probabilities with beta = 0 (the
-plasticity loss) and with zero advantages (the stability loss), which gives both cotangents for every loss type that is
-a sum of the two; then two backward passes take the place of one, and `.grad` is written when gradients synchronise.
+The losses stay TRL's own, or a subclass's. Where the trainer would start the backward pass, the loss is taken apart
+into the derivatives of its reward and its KL term with respect to the log-probabilities (`shared_forward.py`); two
+backward passes take the place of one, and `.grad` is written when gradients synchronise.
 """
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 import pcr_core
 from pcr_core.projection import Conflict, Gate, Update
@@ -25,8 +23,8 @@ from pcr_torch import checkpoints
 from pcr_torch.blocks import Granularity, select_blocks
 from pcr_torch.method import PCR, Norms
 from pcr_torch.report import Report
-from pcr_torch.rows import is_leaf
-from pcr_torch.separability import NEITHER, refuse_beta, refuse_config, refuse_loss, refuse_trainer
+from pcr_torch.separability import refuse_beta, refuse_config, refuse_trainer
+from pcr_torch.shared_forward import SharedForward
 
 try:
     import trl.trainer.utils as trl_utils
@@ -114,7 +112,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     """
 
     _tag_names = ("trl", "grpo", "pcr")
-    beta: float
+    _beta: float
     _metrics: Any
     _step: int
     _buffered_inputs: Any
@@ -124,6 +122,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         if not isinstance(config, PCRConfig):
             raise TypeError(f"args: expected a pcr_torch.trl.PCRConfig (with beta > 0), got {type(config).__name__}")
         refuse_config(config)
+        self._shared: SharedForward | None = None
+        self._group_ids: Tensor | None = None  # of the microbatch
         self._sampler: Any = None  # of prompts, in training; None for a stream of them
         super().__init__(*args, **kwargs)
         refuse_trainer(self)
@@ -134,8 +134,6 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         else:  # the accelerator wraps the model, or replaces its parameters, when training starts
             select_blocks(self.model, config.blocks, cast(Granularity, config.granularity))
         self.last_report: Report | None = None
-        self._shared: _SharedForward | None = None
-        self._streams: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     # -- bound to the model as it is trained -----------------------------------------------------------------------
 
@@ -175,7 +173,9 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         count = self.num_generations if self.model.training else self.num_generations_eval
         n = output["completion_ids"].shape[0]
         first = self.accelerator.process_index * n  # a process holds a slice, which may begin within a group
-        output[_GROUP_IDS] = torch.arange(first, first + n, device=output["completion_ids"].device) // count
+        ids = torch.arange(first, first + n, device=output["completion_ids"].device) // count
+        # another class may have dropped or repeated rows
+        output[_GROUP_IDS] = ids if n == len(inputs) and _fits(output, ids) else prompt_groups(output)
         return output
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -185,66 +185,67 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         cycle = self.args.steps_per_generation * self.num_iterations
         if self._step % cycle == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
+            if not _fits(batch, batch.get(_GROUP_IDS)):
+                batch[_GROUP_IDS] = prompt_groups(batch)
             batch = trl_utils.split_pixel_values_by_grid(batch)
             batch = shuffle_groups(batch, batch[_GROUP_IDS])
             batches = trl_utils.split_tensor_dict(batch, self.args.steps_per_generation)
             self._buffered_inputs = [trl_utils.unsplit_pixel_values_by_grid(part) for part in batches]
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        inputs = dict(self._buffered_inputs[self._step % self.args.steps_per_generation])
+        if self._shared is not None:
+            inputs["advantages"] = self._shared.advantages(inputs["advantages"])
+        self._group_ids = inputs[_GROUP_IDS]
+        return inputs
 
     # -- two streams in place of one -----------------------------------------------------------------------------
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """TRL's loss; in training also keeps both cotangents for the backward passes."""
-        if not self.model.training:
-            return cast(Tensor, super().compute_loss(model, inputs, return_outputs, num_items_in_batch))
-        inputs = dict(inputs)
-        group_ids = inputs.pop(_GROUP_IDS)
-        self._shared = _SharedForward()
-        beta, metrics = self.beta, self._metrics
-        try:
-            loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            whole = self._shared.cotangent(loss)
-            self._metrics = defaultdict(lambda: defaultdict(list))  # the next two passes are not to be logged
-            still = {**inputs, "advantages": torch.zeros_like(inputs["advantages"])}
-            with self._unlogged():
-                self.beta = 0.0
-                plasticity = self._shared.cotangent(super().compute_loss(model, inputs))
-                self.beta = beta
-                stability = self._shared.cotangent(super().compute_loss(model, still))
-            refuse_loss(whole, plasticity, stability)
-            self._streams = (self._shared.logp, plasticity, stability, group_ids)
-        finally:
-            self.beta, self._metrics, self._shared = beta, metrics, None
-        return loss.detach()
+    @property
+    def beta(self) -> Any:
+        """The KL coefficient; a leaf of the loss's graph while a training step takes the loss apart."""
+        return self._beta if self._shared is None else self._shared.beta(self._beta)
 
-    def _unlogged(self) -> AbstractContextManager[None]:
-        """Without the collective calls that TRL's metrics make; a quantile of entropies is taken over all processes."""
-        if self.args.top_entropy_quantile < 1:
-            return nullcontext()
-        return _replaced(self.accelerator, gather=lambda tensor: tensor, reduce=lambda tensor, **_: tensor)
+    @beta.setter
+    def beta(self, value: Any) -> None:
+        self._beta = float(value)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._note_groups(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        self._note_groups(inputs)
+        return super()._compute_loss(model, inputs)
+
+    def _note_groups(self, inputs: Any) -> None:
+        """The groups of the rows that the loss is of: a subclass may have dropped or repeated some."""
+        if self._shared is not None and _GROUP_IDS in inputs:
+            self._group_ids = inputs[_GROUP_IDS]
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if self._shared is None:
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._shared.result is None:
-            self._shared.set(*super()._get_per_token_logps_and_entropies(*args, **kwargs))
-        return self._shared.result
+        compute = super()._get_per_token_logps_and_entropies
+        if self._shared is None or not torch.is_grad_enabled():
+            return compute(*args, **kwargs)
+        return self._shared.logps(compute, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         # Trainer.training_step ends in accelerator.backward(loss), with no hook before it
-        with _replaced(self.accelerator, backward=self._accumulate):
-            return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
+        self._shared, self._group_ids = SharedForward(), None
+        try:
+            with _replaced(self.accelerator, backward=self._accumulate):
+                return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
+        finally:
+            self._shared = None
 
     def _accumulate(self, loss: Tensor, **_: Any) -> None:
-        assert self._streams is not None
+        assert self._shared is not None
         assert self.method is not None
-        if loss.requires_grad:
-            raise ValueError(f"compute_loss: {type(self).__name__} adds a term to the loss, and {NEITHER}")
-        logp, plasticity, stability, group_ids = self._streams
-        self._streams = None
-        self.method.accumulate_cotangents(logp, plasticity, stability, group_ids=group_ids)
+        logp, plasticity, stability = self._shared.cotangents(loss)
+        if self._group_ids is None or len(self._group_ids) != len(logp):
+            raise ValueError(
+                f"compute_loss: {type(self).__name__} gives a loss of {len(logp)} responses, whose groups are not "
+                f"known; drop or repeat rows of all tensors in `inputs` alike, {_GROUP_IDS!r} included"
+            )
+        self.method.accumulate_cotangents(logp, plasticity, stability, group_ids=self._group_ids)
         if self.accelerator.sync_gradients:
             self._resolve(self.method)
 
@@ -281,27 +282,28 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             self._bind(self.model_wrapped).load_state_dict(state)
 
 
-class _SharedForward:
-    """One forward pass for several evaluations of the loss, cut off at the log-probabilities."""
+def prompt_groups(batch: dict[str, Any]) -> Tensor:
+    """A number for each different prompt of a generation batch, by its tokens."""
+    if any(batch.get(key) is not None for key in ("pixel_values", "num_images", "image_grid_thw")):
+        raise ValueError(
+            "groups: rows of a generation batch with pictures were dropped or repeated, and prompts with the same text "
+            f"may show other ones; give {_GROUP_IDS!r} with the batch"
+        )
+    prompts = batch["prompt_ids"].masked_fill(batch["prompt_mask"] == 0, -1)
+    found: Tensor = torch.unique(prompts, dim=0, return_inverse=True)[1]
+    return found
 
-    def __init__(self) -> None:
-        self.result: tuple[Tensor, Any, Any] | None = None
 
-    def set(self, logp: Tensor, entropies: Tensor | None, aux_loss: Any) -> None:
-        self.logp = logp
-        self._leaf = logp.detach().requires_grad_()
-        self.result = (self._leaf, None if entropies is None else entropies.detach(), aux_loss)
-
-    def cotangent(self, loss: Tensor) -> Tensor:
-        """Of a loss of these log-probabilities and nothing else that is trained."""
-        waiting, seen = [cast(Node, loss.grad_fn)], set[Node]()
-        while waiting:
-            node = waiting.pop()
-            seen.add(node)
-            if is_leaf(node) and cast(Any, node).variable is not self._leaf:
-                raise ValueError(f"loss: a term of it has a forward pass of its own, and {NEITHER}")
-            waiting += [after for after, _ in node.next_functions if after is not None and after not in seen]
-        return torch.autograd.grad(loss, self._leaf)[0]
+def _fits(batch: dict[str, Any], group_ids: Any) -> bool:
+    """Whether rows of one group have one prompt, and there is an id for every row."""
+    prompts = batch["prompt_ids"].masked_fill(batch["prompt_mask"] == 0, -1)
+    if not isinstance(group_ids, Tensor) or group_ids.shape != prompts.shape[:1]:
+        return False
+    _, index = torch.unique(group_ids, return_inverse=True)
+    first = torch.full((int(index.max()) + 1,), len(index), device=index.device).scatter_reduce(
+        0, index, torch.arange(len(index), device=index.device), "amin"
+    )
+    return bool((prompts == prompts[first[index]]).all())
 
 
 def shuffle_groups(batch: dict[str, Any], group_ids: Tensor) -> dict[str, Any]:

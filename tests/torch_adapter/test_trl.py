@@ -360,7 +360,7 @@ def a_forward_pass_of_its_own(self: Any, model: Any, inputs: Any) -> Any:
     [
         ("_compute_loss", more_of_logp, "it is more than the sum of its reward and its KL term"),
         ("_compute_loss", a_forward_pass_of_its_own, "a term of it has a forward pass of its own"),
-        ("compute_loss", a_forward_pass_of_its_own, "Own adds a term to the loss"),
+        ("compute_loss", a_forward_pass_of_its_own, "a term of it has a forward pass of its own"),
     ],
 )
 def test_a_loss_with_a_term_of_its_own_is_refused(
