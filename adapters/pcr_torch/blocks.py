@@ -155,5 +155,11 @@ def _nothing(model: nn.Module, blocks: Selector, frozen: list[str]) -> str:
         )
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     some = ", ".join(names[:: max(1, len(names) // 4)][:5]) or "none"
+    lora = any(_ADAPTER.match(part) for name in names for part in name.split("."))
+    if blocks == "mlp" and lora:
+        return (
+            "blocks: 'mlp' matches no trainable parameter, since the LoRA adapters lie outside the MLPs, such as "
+            f"{names[0]}. Give blocks='lora_' for all adapters, or adapt the MLPs (target_modules)"
+        )
     hint = " 'mlp' needs layers in an nn.ModuleList; give a regular expression instead." if blocks == "mlp" else ""
     return f"blocks: {blocks!r} matches no trainable parameter.{hint} Trainable parameters include: {some}"

@@ -108,8 +108,10 @@ class PCR:
         workspace: int = WORKSPACE,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not callable(rule):
-            raise TypeError(f"rule: expected a pcr_core rule such as pcr_core.PCR(), got {rule!r}")
+        if not callable(rule) or isinstance(rule, type):
+            raise TypeError(
+                f"rule: expected a pcr_core rule such as pcr_core.PCR() or pcr_core.make_rule('pcr'), got {rule!r}"
+            )
         for name, value, options in (("strata", strata, Strata), ("norms", norms, Norms)):
             if value not in get_args(options):
                 raise ValueError(f"{name}: expected one of {get_args(options)}, got {value!r}")
@@ -251,6 +253,11 @@ class PCR:
         if last is None or self._age >= self._every - 1 or not last.finite:
             return True
         return not last.statistics.stability_sq.all()  # weights were measured without a KL gradient: there was none yet
+
+    @property
+    def accumulated(self) -> bool:
+        """Whether microbatches wait for `resolve`."""
+        return self._torn or self._scatter is not None
 
     def discard(self) -> None:
         """Forget what was accumulated since the last `resolve`, but for what is in `.grad`: zero that as well.

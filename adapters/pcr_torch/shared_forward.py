@@ -23,9 +23,14 @@ _ASIDE = ("batch_size", "compute_entropy", "compute_aux_loss")  # of a request: 
 
 
 class SharedForward:
-    """Leaves of one microbatch's loss."""
+    """Leaves of one microbatch's loss.
 
-    def __init__(self) -> None:
+    Args:
+        policy: the model that is trained, as it is and as it is wrapped.
+    """
+
+    def __init__(self, *policy: Any) -> None:
+        self._policy = policy
         self.logp: Tensor | None = None  # with the model's graph
         self._leaf: Tensor | None = None
         self._entropies: Tensor | None = None
@@ -57,7 +62,8 @@ class SharedForward:
                     entropies = compute(*args, **kwargs)[1]
             return self._leaf, entropies, aux_loss
         result = compute(*args, **kwargs)
-        if self.logp is not None or not result[0].requires_grad:
+        mine = any(asked.arguments.get("model") is each for each in self._policy)
+        if self.logp is not None or not mine or not result[0].requires_grad:
             return result
         self.logp, entropies, aux_loss = result
         self._request, self._leaf = request, self.logp.detach().requires_grad_()

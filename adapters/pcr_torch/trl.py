@@ -7,6 +7,7 @@ backward passes take the place of one, and `.grad` is written when gradients syn
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ except ImportError as error:
     raise ImportError("pcr_torch.trl needs TRL 1.16: pip install 'pcr-grpo[trl]'") from error
 
 _GROUP_IDS = "pcr_group_ids"
+_log = logging.getLogger("pcr_torch")
 
 
 @dataclass
@@ -76,6 +78,18 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
     log_layers: bool = field(default=False, metadata={"help": "Log the pcr/ metrics of every layer as well."})
 
     def __post_init__(self) -> None:
+        for name, kind in (("beta", float), ("max_boost", float), ("discount", float), ("every", int)):
+            value = getattr(self, name)
+            if isinstance(value, str):  # as files of settings may hold numbers
+                try:
+                    setattr(self, name, kind(value))
+                except ValueError:
+                    raise ValueError(f"{name}: expected a number, got {value!r}") from None
+        if not isinstance(self.blocks, str):
+            raise TypeError(
+                f"blocks: a config is saved as text, so it takes 'mlp', 'all' or a regular expression, got "
+                f"{self.blocks!r}"
+            )
         super().__post_init__()
         self.make_rule()
         refuse_beta(self)
@@ -103,8 +117,9 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     temporal prior's state.
 
     Runs on one process or several, with DDP or FSDP2 (`fsdp_version: 2`): each process logs the same `pcr/` metrics, of
-    all processes. `method` is made when training starts, from the model as the accelerator prepared it (on one process
-    at once). Checkpoints hold whole tensors, so PCR's part of them can be resumed on another number of processes.
+    all processes. `method` is bound to the model as the accelerator prepared it when training starts, and again where
+    layers are frozen or trained in turns; when training ends the model's layers are their own again. Checkpoints hold
+    whole tensors, so PCR's part of them can be resumed on another number of processes.
 
     Raises:
         TypeError: `args` is not a PCRConfig.
@@ -129,8 +144,10 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         refuse_trainer(self)
         self.method: PCR | None = None
         self._bound: Any = None
+        self._trained: tuple[bool, ...] = ()
         if self.accelerator.distributed_type == DistributedType.NO:
-            self._bind(self.model)
+            self._bind(self.model)  # errors come before training; the layers are themselves again until then
+            self._release()
         else:  # the accelerator wraps the model, or replaces its parameters, when training starts
             select_blocks(self.model, config.blocks, cast(Granularity, config.granularity))
         self.last_report: Report | None = None
@@ -145,7 +162,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.method is not None:
             state = self.method.state_dict()
             self.method.remove()
-        self._bound = model
+        self._bound, self._trained = model, _trained(model)
         self.method = PCR(
             model,
             blocks=config.blocks,
@@ -155,9 +172,33 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             norms=cast(Norms, config.norms),
             every=config.every,
         )
-        if state is not None:
+        if state is not None and state["blocks"] == [block.name for block in self.method.blocks]:
             self.method.load_state_dict(state)
+        elif state is not None and (state["prior"] is not None or state["last"] is not None):
+            _log.warning(
+                "blocks: other parameters are trained than before, so what was measured until now is forgotten"
+            )
         return self.method
+
+    def _release(self) -> None:
+        """Give the model's layers their own forward back, until training goes on."""
+        if self.method is not None:
+            self.method.remove()
+        self._bound = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._release()
+
+    def _follow_frozen(self) -> None:
+        """Bind again where layers were frozen or trained in turns since the last step."""
+        if self._bound is None or self.method is None or self.method.accumulated:
+            return
+        if self._trained != _trained(self._bound):
+            bound, self._bound = self._bound, None
+            self._bind(bound)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -229,7 +270,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         # Trainer.training_step ends in accelerator.backward(loss), with no hook before it
-        self._shared, self._group_ids = SharedForward(), None
+        self._follow_frozen()
+        self._shared, self._group_ids = SharedForward(model, self.model, self.model_wrapped), None
         try:
             with _replaced(self.accelerator, backward=self._accumulate):
                 return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
@@ -280,6 +322,10 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         if checkpoint is not None:
             state = checkpoints.load(self, checkpoint)
             self._bind(self.model_wrapped).load_state_dict(state)
+
+
+def _trained(model: Any) -> tuple[bool, ...]:
+    return tuple(parameter.requires_grad for parameter in model.parameters())
 
 
 def prompt_groups(batch: dict[str, Any]) -> Tensor:
