@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pcr_core import BlockStatistics, Weights
 from pcr_torch.distributed import like, local
 from pcr_torch.pullback import inner, total_dtype, wide_dtype
 
@@ -60,6 +61,19 @@ def _wide_products(x: Tensor, y: Tensor) -> Tensor:
         u, v = a.to(wide), b.to(wide)
         rows.append(torch.stack([torch.dot(u, u), torch.dot(v, v), torch.dot(u, v)]))
     return torch.stack(rows).sum(dim=0)
+
+
+def longest(weights: Weights[Tensor], statistics: BlockStatistics[Tensor]) -> Tensor:
+    """(blocks,) a bound on each number of the update, |a||P| + |b||S|."""
+    plasticity, stability = statistics.plasticity_sq.sqrt(), statistics.stability_sq.sqrt()
+    return weights.plasticity.abs() * plasticity + weights.stability.abs() * stability
+
+
+def is_written(parameter: nn.Parameter, bound: float) -> bool:
+    """Whether `.grad` is finite, of an update with this bound; read only where the dtype may not hold it."""
+    if parameter.grad is None or (parameter.dtype != torch.float16 and bound < torch.finfo(parameter.dtype).max / 2):
+        return True
+    return bool(local(parameter.grad).isfinite().all())
 
 
 def add_combination(parameter: nn.Parameter, p: Tensor | None, s: Tensor | None, a: float, b: float) -> None:
