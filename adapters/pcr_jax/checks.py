@@ -34,7 +34,7 @@ def check_width(tree: Any, name: str) -> None:
 
 def check_mask(rollouts: Any) -> None:
     """ValueError of a mask of other numbers than 0 and 1; outside a compiled function, where they can be seen."""
-    mask = getattr(rollouts, "mask", None)
+    mask: Any = getattr(rollouts, "mask", None)
     if not hasattr(mask, "dtype") or isinstance(mask, jax.core.Tracer) or jnp.issubdtype(mask.dtype, jnp.bool_):
         return
     odd = (mask != 0) & (mask != 1)

@@ -17,7 +17,7 @@ from pcr_core import FlatPrior, Objective, Rule, Scatter, TemporalPrior
 from pcr_core.statistics import Strata
 from pcr_torch.batch import check_batch
 from pcr_torch.blocks import Granularity, Selector, select_blocks
-from pcr_torch.combine import add_combination, is_written, longest
+from pcr_torch.combine import add_combination, longest
 from pcr_torch.distributed import average, local, unwrap
 from pcr_torch.parameters import check_parameters
 from pcr_torch.products import WORKSPACE
@@ -224,24 +224,19 @@ class PCR:
             bounds = longest(weights, statistics)
         a, b = weights.plasticity.tolist(), weights.stability.tolist()
         plasticity, stability = self._totals
+        broken = torch.zeros_like(bounds)
         for block, (name, parameter) in zip(self._sums.block_of.tolist(), self._parameters.items()):
-            add_combination(parameter, plasticity.pop(name, None), stability.pop(name, None), a[block], b[block])
+            p, s = plasticity.pop(name, None), stability.pop(name, None)
+            if not add_combination(parameter, p, s, a[block], b[block], float(bounds[block])):
+                broken[block] = 1
+        if self._ranks is not None and self._sharded:  # each has seen its own part
+            broken = self._ranks.sum(broken)
         self._totals, self._scatter = ({}, {}), None
-        weights = replace(weights, finite=weights.finite & self._written(bounds))
+        weights = replace(weights, finite=weights.finite & (broken == 0))
         report = Report(self.blocks, weights, statistics)
         if self._every > 1:
             self._last, self._age = report, 0
         return report
-
-    def _written(self, bounds: Tensor) -> Tensor:
-        """(blocks,) whether what is now in `.grad` is finite; alike on all ranks."""
-        broken, limits = torch.zeros_like(bounds), bounds.tolist()
-        for block, parameter in zip(self._sums.block_of.tolist(), self._parameters.values()):
-            if not is_written(parameter, limits[block]):
-                broken[block] = 1
-        if self._ranks is not None and self._sharded:  # each has read its own part
-            broken = self._ranks.sum(broken)
-        return broken == 0
 
     def _gradients_finite(self) -> bool:
         gradients = [local(p.grad) for p in self._parameters.values() if p.grad is not None]

@@ -105,7 +105,7 @@ class InPlaceAdapter(TorchAdapter):
         return BlockStatistics(*(self.to_numpy(getattr(stats, f.name)) for f in fields(stats)))
 
     def resolve(self, case: Case, rule: Rule, dtype: str) -> Resolved:
-        from pcr_torch.combine import add_combination, is_written, longest
+        from pcr_torch.combine import add_combination, longest
 
         totals, stats = self._statistics(case, dtype)
         weights = rule(stats)
@@ -119,8 +119,7 @@ class InPlaceAdapter(TorchAdapter):
                 continue
             where = p.data_ptr()
             parameter = self.torch.nn.Parameter(self.torch.zeros_like(p))
-            add_combination(parameter, p, s, a, b)
-            written.append(is_written(parameter, bounds[i]))
+            written.append(add_combination(parameter, p, s, a, b, bounds[i]))
             parts.append(parameter.grad)
             reused.append(parameter.grad.data_ptr() == where)
         update = self.torch.cat(parts)
