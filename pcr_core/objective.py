@@ -7,7 +7,6 @@ cotangents of shape (responses, tokens). They are known in closed form (math.md 
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, get_args
 
@@ -21,9 +20,11 @@ from pcr_core._namespace import (
     require_floating,
     require_shape,
 )
+from pcr_core._numbers import is_number, require_finite
 
 Normalization = Literal["grpo", "dapo", "bnpo", "dr_grpo"]
 Importance = Literal["token", "sequence"]
+KL = Literal["k3", "k3_ratio"]
 AdvantageScale = Literal["group", "batch", "none"]
 
 
@@ -36,7 +37,7 @@ class Objective(Generic[ArrayT]):
         stability_loss: (n,) each response's share of beta * KL; the sum is the loss.
         plasticity_cotangent: (n, T) d(sum of plasticity_loss)/d logp, in logp's dtype, zero where masked.
         stability_cotangent: (n, T) d(sum of stability_loss)/d logp, in logp's dtype, zero where masked.
-        kl: () k3 estimate of KL(policy || reference) in nats per token, without beta.
+        kl: () estimate of KL(policy || reference) in nats per token, without beta: k3, or k3 times the ratio.
         clip_fraction: () fraction of response tokens (of responses, for sequence importance) whose gradient the clip
             stops.
     """
@@ -54,15 +55,23 @@ def group_advantages(
 ) -> ArrayT:
     """Rewards relative to the mean of their group, in units of a standard deviation.
 
+    The mean of the differences r_i - r_j is taken, which is r_i less the mean but does not lose the digits that large
+    rewards have in common: rewards that are equal give exactly 0, and of m rewards each difference from the mean is off
+    by less than m + 2 roundings of the distance between the group's smallest and largest reward.
+
     Args:
         rewards: (n,) floating.
         group_ids: (n,) integer; responses to the same prompt share an id. May be traced.
         scale: divide by the group's standard deviation (Bessel-corrected, as TRL does), the batch's, or by nothing.
-        eps: added to the standard deviation.
+        eps: added to the standard deviation; finite, >= 0. With 0, rewards that are all equal still give 0.
+
+    Returns:
+        (n,) in the dtype of `rewards`. A reward that is not finite makes its group not finite; with scale="batch", all.
 
     Raises:
         TypeError: rewards not floating, group ids not integer, or arrays of different libraries.
-        ValueError: shapes that do not match, or a group of one response where its deviation is asked for.
+        ValueError: shapes that do not match, eps out of range, or a group of one response where its deviation is asked
+            for.
 
     Example:
         >>> import numpy as np
@@ -71,33 +80,65 @@ def group_advantages(
     """
     if scale not in get_args(AdvantageScale):
         raise ValueError(f"scale: expected one of {get_args(AdvantageScale)}, got {scale!r}")
+    margin = require_finite("eps", eps)
     xp = common_namespace(rewards=rewards, group_ids=group_ids)
     require_floating(xp, rewards=rewards)
     require_shape((None,), "one reward a response", rewards=rewards)
     r: Any = rewards
     out = r.dtype
     same, count = group_membership(xp, group_ids, r.shape[0], "group_ids")
+    if scale == "group" and not is_traced(count) and bool(xp.any(count < 2)):
+        raise ValueError("group_ids: a group of one response has no standard deviation; use scale='none'")
+    if scale == "batch" and r.shape[0] < 2:
+        raise ValueError("rewards: one response has no standard deviation; use scale='none'")
+    if r.shape[0] == 0:
+        return rewards
     r = at_least_float32(xp, r)
-    m = xp.astype(count, r.dtype)
-    centred = r - _group_sums(xp, same, r) / m
-    if scale == "none":
-        unscaled: ArrayT = xp.astype(centred, out)
-        return unscaled
+    centred = _centred(xp, r, same)
     if scale == "group":
-        if not is_traced(count) and bool(xp.any(count < 2)):
-            raise ValueError("group_ids: a group of one response has no standard deviation; use scale='none'")
-        variance = _group_sums(xp, same, centred**2) / (m - 1)
-    else:
-        if r.shape[0] < 2:
-            raise ValueError("rewards: one response has no standard deviation; use scale='none'")
-        variance = xp.sum((r - xp.mean(r)) ** 2) / (r.shape[0] - 1)
-    advantages: ArrayT = xp.astype(centred / (xp.sqrt(variance) + eps), out)
+        centred = _over(xp, centred, _deviation(xp, centred, same) + _like(xp, margin, r))
+    elif scale == "batch":
+        whole = xp.ones_like(same)
+        centred = _over(xp, centred, _deviation(xp, _centred(xp, r, whole), whole) + _like(xp, margin, r))
+    advantages: ArrayT = xp.astype(centred, out)
     return advantages
 
 
-def _group_sums(xp: Any, same: Any, r: Any) -> Any:
-    """(n,) sum of r over each response's group; a NaN stays in its group, which a product with 0 would not do."""
-    return xp.sum(xp.where(same, r[None, :], xp.zeros_like(r)[None, :]), axis=1)
+def _centred(xp: Any, r: Any, same: Any) -> Any:
+    """(n,) mean of r_i - r_j over the j that are together with i."""
+    return _sums(xp, r[:, None] - r[None, :], same) / _count(xp, r, same)
+
+
+def _deviation(xp: Any, centred: Any, same: Any) -> Any:
+    """(n,) standard deviation of those that are together; in units of the largest, whose square may leave the dtype."""
+    sizes = xp.where(same, xp.abs(centred)[None, :], xp.zeros_like(centred)[None, :])
+    largest = xp.max(sizes, axis=1)
+    unit = xp.where(largest == 0, xp.ones_like(largest), largest)
+    squares = _sums(xp, (centred[None, :] / unit[:, None]) ** 2, same)
+    return unit * xp.sqrt(squares / (_count(xp, centred, same) - 1))
+
+
+def _sums(xp: Any, x: Any, same: Any) -> Any:
+    """(n,) sums of (n, n) numbers over those that are together; a NaN stays there, which a product with 0 would not."""
+    return xp.sum(xp.where(same, x, xp.zeros_like(x)), axis=1)
+
+
+def _count(xp: Any, like: Any, same: Any) -> Any:
+    return xp.sum(xp.astype(same, like.dtype), axis=1)
+
+
+def _over(xp: Any, x: Any, divisor: Any) -> Any:
+    """x/divisor, and 0 where nothing differs from anything."""
+    nothing = divisor == 0
+    return xp.where(nothing, x, x / xp.where(nothing, xp.ones_like(divisor), divisor))
+
+
+def _like(xp: Any, number: Any, x: Any) -> Any:
+    """A float as it is, a () array in x's dtype; it may lie on the CPU, beside x on an accelerator."""
+    if isinstance(number, float):
+        return number
+    array_api_compat.array_namespace(x, number)  # TypeError of two libraries
+    return xp.astype(number, x.dtype)
 
 
 def group_membership(xp: Any, ids: Any, n: int, name: str) -> tuple[Any, Any]:
@@ -121,6 +162,7 @@ def grpo_objective(
     normalization: Normalization = "grpo",
     importance: Importance = "token",
     normalizer: float | ArrayT | None = None,
+    kl: KL = "k3",
 ) -> Objective[ArrayT]:
     """Clipped-surrogate and KL losses with their cotangents (math.md section 1; paper 5, 6, 8, 9).
 
@@ -129,22 +171,29 @@ def grpo_objective(
         logp_old: (n, T) under the policy that sampled them (`logp` without its gradient, on the first inner step).
         logp_ref: (n, T) under the reference (starting) policy.
         advantages: (n,).
-        mask: (n, T) boolean, or 0 and 1: which entries are response tokens. Masked entries may hold anything.
-        beta: KL coefficient, >= 0; folded into the stability loss.
-        clip: (low, high), both >= 0: the ratio is clipped to [1 - low, 1 + high].
+        mask: (n, T) boolean, or 0 and 1: which entries are response tokens. Masked entries may hold anything. Other
+            numbers are refused; where the mask is traced they come out as NaN.
+        beta: KL coefficient, finite, >= 0; folded into the stability loss. A number, or an array that holds one.
+        clip: (low, high), both >= 0: the ratio is clipped to [1 - low, 1 + high]; math.inf for no bound.
         normalization: what a token's loss is divided by. "grpo": responses x its response's length; "dapo" and "bnpo":
             number of tokens; "dr_grpo": responses x T.
         importance: a ratio per "token", or one per response, the geometric mean over its tokens ("sequence", GSPO).
         normalizer: with accumulation, the same quantity over the *whole* batch, in place of this micro-batch's: number
             of responses (grpo), of tokens (dapo, bnpo), or responses x longest allowed response (dr_grpo). With one
-            micro-batch dapo and bnpo agree; dapo is bnpo with the whole batch's token count passed here.
+            micro-batch dapo and bnpo agree; dapo is bnpo with the whole batch's token count passed here. Finite, > 0;
+            a number, or an array that holds one.
+        kl: "k3", whose gradient estimates that of the KL while the responses are the policy's own; or "k3_ratio", k3
+            times the ratio of `importance`, unclipped and differentiated, whose gradient does so off policy too (token
+            ratios). It is TRL's `use_bias_correction_kl`, on by default there. On policy both losses are the same and
+            their derivatives are not: 1 - exp(l) against -l, with l = logp_ref - logp.
 
     Returns:
         An Objective. float32 inputs compute in float32, half precision is widened to float32 first.
 
     Raises:
         TypeError: integer arrays, or arrays of different libraries.
-        ValueError: shapes, beta, clip, or a name that is not an option.
+        ValueError: shapes, a mask of other numbers than 0 and 1, beta, clip, normalizer, or a name that is not an
+            option.
 
     Example:
         >>> import numpy as np
@@ -154,7 +203,9 @@ def grpo_objective(
         array([[-0.25, -0.25],
                [ 0.25,  0.25]])
     """
-    _check_options(beta, clip, normalization, importance)
+    beta, clip = check_options(beta, clip, normalization, importance, kl)
+    if normalizer is not None:
+        normalizer = require_finite("normalizer", normalizer, strict=True)
     xp = common_namespace(logp=logp, logp_old=logp_old, logp_ref=logp_ref, advantages=advantages, mask=mask)
     require_floating(xp, logp=logp, logp_old=logp_old, logp_ref=logp_ref, advantages=advantages)
     require_shape((None, None), "(responses, tokens)", logp=logp)
@@ -164,15 +215,14 @@ def grpo_objective(
     require_shape((n,), "one advantage a response", advantages=advantages)
 
     out_dtype = lp.dtype
-    keep: Any = xp.astype(mask, xp.bool)
+    keep, token = _response_tokens(xp, mask, at_least_float32(xp, lp).dtype)
     lp, old, ref = (_masked(xp, keep, x) for x in (lp, logp_old, logp_ref))
     dtype = lp.dtype
     advantage = xp.astype(advantages, dtype)[:, None]
-    token = xp.astype(keep, dtype)
+    beta, normalizer = _like(xp, beta, lp), None if normalizer is None else _like(xp, normalizer, lp)
     norm, tokens = _normalization(xp, token, normalization, normalizer)
 
-    count = xp.sum(token)  # of response tokens; `tokens` counts one for a response without any
-    count = xp.where(count > 0, count, xp.ones_like(count))
+    count = _at_least_one(xp, xp.sum(token))  # of response tokens; `tokens` counts one for a response without any
     log_ratio = lp - old
     if importance == "sequence":
         log_ratio = xp.sum(log_ratio, axis=1, keepdims=True) / tokens
@@ -180,25 +230,54 @@ def grpo_objective(
     low, high = 1 - clip[0], 1 + clip[1]
     gain = xp.minimum(ratio * advantage, xp.clip(ratio, low, high) * advantage)
     stopped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
-    slope = xp.where(stopped, xp.zeros_like(ratio), -advantage * ratio)
+    # an advantage that is not finite shows, clip or not
+    slope = xp.where(stopped & xp.isfinite(advantage), xp.zeros_like(ratio), -advantage * ratio)
     if importance == "token":
         plasticity_cotangent = slope * norm
         clip_fraction = xp.sum(xp.astype(stopped, dtype) * token) / count
     else:
         plasticity_cotangent = slope / tokens * xp.sum(norm, axis=1, keepdims=True) * token
-        clip_fraction = xp.sum(xp.astype(stopped, dtype)) / n
+        clip_fraction = xp.sum(xp.astype(stopped, dtype)) / max(n, 1)
 
     gap = ref - lp
     drift = xp.expm1(gap)  # exp(gap) - 1 would lose every digit near the reference, where training starts
-    k3 = drift - gap
+    divergence = drift - gap
+    stability_slope = -drift * norm
+    if kl == "k3_ratio":
+        if importance == "token":  # ratio (exp(l) - 1 - l) + ratio (1 - exp(l))
+            stability_slope = -ratio * gap * norm
+        else:
+            through_ratio = xp.sum(divergence * norm, axis=1, keepdims=True) / tokens * token
+            stability_slope = ratio * (through_ratio - drift * norm)
+        divergence = ratio * divergence
     return Objective(
         plasticity_loss=-xp.sum(gain * norm, axis=1),
-        stability_loss=beta * xp.sum(k3 * norm, axis=1),
+        stability_loss=beta * xp.sum(divergence * norm, axis=1),
         plasticity_cotangent=xp.astype(plasticity_cotangent, out_dtype),
-        stability_cotangent=xp.astype(-beta * drift * norm, out_dtype),
-        kl=xp.sum(k3) / count,
+        stability_cotangent=xp.astype(beta * stability_slope, out_dtype),
+        kl=xp.sum(divergence) / count,
         clip_fraction=clip_fraction,
     )
+
+
+def _response_tokens(xp: Any, mask: Any, dtype: Any) -> tuple[Any, Any]:
+    """(n, T) which entries are response tokens, and the same as 0 and 1; NaN where a traced mask holds neither."""
+    if xp.isdtype(mask.dtype, "bool"):
+        return mask, xp.astype(mask, dtype)
+    if not xp.isdtype(mask.dtype, ("integral", "real floating")):
+        raise TypeError(f"mask: expected booleans, or 0 and 1, got {mask.dtype}")
+    keep = mask != 0
+    good = (mask == 0) | (mask == 1)
+    if not is_traced(good) and not bool(xp.all(good)):
+        odd = float(xp.reshape(mask, (-1,))[int(xp.argmin(xp.reshape(xp.astype(good, xp.int32), (-1,))))])
+        raise ValueError(f"mask: expected booleans, or 0 and 1, got {odd:g}")
+    token = xp.astype(keep, dtype)
+    return keep, xp.where(good, token, xp.full_like(token, math.nan))
+
+
+def _at_least_one(xp: Any, count: Any) -> Any:
+    """A NaN stays one."""
+    return xp.where(count == 0, xp.ones_like(count), count)
 
 
 def _masked(xp: Any, keep: Any, x: Any) -> Any:
@@ -209,8 +288,7 @@ def _masked(xp: Any, keep: Any, x: Any) -> Any:
 def _normalization(xp: Any, token: Any, normalization: Normalization, normalizer: Any) -> tuple[Any, Any]:
     """(n, T) weight of each token, zero where masked, and (n, 1) response lengths, at least 1."""
     scale = batch_normalizer(token, normalization) if normalizer is None else normalizer
-    tokens = xp.sum(token, axis=1, keepdims=True)
-    tokens = xp.where(tokens > 0, tokens, xp.ones_like(tokens))
+    tokens = _at_least_one(xp, xp.sum(token, axis=1, keepdims=True))
     if normalization == "grpo":
         token = token / tokens
     return token / scale, tokens
@@ -220,23 +298,26 @@ def batch_normalizer(token: Any, normalization: Normalization) -> Any:
     """`grpo_objective`'s normalizer of a whole batch, from its (n, T) mask as floating 0 and 1."""
     n, length = token.shape
     if normalization == "grpo":
-        return n
+        return max(n, 1)
     if normalization == "dr_grpo":
-        return n * length
+        return max(n * length, 1)
     xp = common_namespace(token=token)
-    total = xp.sum(token)
-    return xp.where(total > 0, total, xp.ones_like(total))
+    return _at_least_one(xp, xp.sum(token))
 
 
-def _check_options(beta: Any, clip: tuple[float, float], normalization: str, importance: str) -> None:
-    if isinstance(beta, numbers.Real):
-        if not 0 <= float(beta) < math.inf:
-            raise ValueError(f"beta: expected a finite number >= 0, got {beta}")
-    elif not array_api_compat.is_array_api_obj(beta):  # an array is trusted: it may be traced
-        raise TypeError(f"beta: expected a finite number >= 0, got {beta!r}")
-    if not isinstance(clip, (tuple, list)) or len(clip) != 2 or not all(bound >= 0 for bound in clip):
-        raise ValueError(f"clip: expected (low, high), both >= 0, got {clip}")
-    if normalization not in get_args(Normalization):
-        raise ValueError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
-    if importance not in get_args(Importance):
-        raise ValueError(f"importance: expected one of {get_args(Importance)}, got {importance!r}")
+def check_options(
+    beta: Any, clip: Any, normalization: str, importance: str, kl: str
+) -> tuple[Any, tuple[float, float]]:
+    """beta and clip as `grpo_objective` computes with them; raises what it raises."""
+    beta = require_finite("beta", beta)
+    pair = isinstance(clip, (tuple, list)) and len(clip) == 2 and all(is_number(bound) for bound in clip)
+    if not pair or not all(float(bound) >= 0 for bound in clip):
+        raise ValueError(f"clip: expected (low, high), both numbers >= 0, got {clip!r}")
+    for name, value, options in (
+        ("normalization", normalization, Normalization),
+        ("importance", importance, Importance),
+        ("kl", kl, KL),
+    ):
+        if value not in get_args(options):
+            raise ValueError(f"{name}: expected one of {get_args(options)}, got {value!r}")
+    return beta, (float(clip[0]), float(clip[1]))

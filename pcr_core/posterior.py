@@ -6,11 +6,11 @@ posterior mean is r P + (1 - r) m0 with gain r = t/(t + v) and variance r v: one
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeAlias
 
 from pcr_core._namespace import ArrayT, common_namespace
+from pcr_core._numbers import is_number
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class TemporalPrior:
     discount: float = 0.9
 
     def __post_init__(self) -> None:
-        if not (0 < self.discount <= 1 and math.isfinite(self.discount)):
-            raise ValueError(f"discount: expected a number in (0, 1], got {self.discount}")
+        if not (is_number(self.discount) and 0 < self.discount <= 1):
+            raise ValueError(f"discount: expected a number in (0, 1], got {self.discount!r}")
 
     def posterior(self, variance: ArrayT, *, previous_variance: ArrayT) -> Posterior[ArrayT]:
         """Gain and new variance from this step's noise variance v and the last posterior's variance, all (blocks,)."""

@@ -32,10 +32,12 @@ class Weights(Generic[ArrayT]):
         cosine: cos(P, S); 0 where either vanishes.
         conflict: boolean, whether the rule saw a conflict.
         conflict_probability: P(c < 0) when c = P.S is as noisy as the variances say.
-        removed: |removed part of P| / |P|.
+        removed: |removed part of P| / |P|: of a projection |b' S|/|P|, b' the addition to S's own weight; of MGDA,
+            which lets a P through, 1 - a. With a prior, P is the posterior mean.
         plasticity_nsr: noise-to-signal ratio v_p/|P|^2; infinite for pure noise.
         stability_nsr: v_s/|S|^2.
-        finite: boolean, whether all statistics were finite. Where not, a and b are NaN in rules that use statistics.
+        finite: boolean, whether all statistics were finite, and of a resolved update whether it is, in its dtype. Where
+            statistics are not, a and b are NaN in rules that use them.
     """
 
     plasticity: ArrayT
@@ -65,6 +67,11 @@ def ratio(xp: Any, numerator: Any, denominator: Any, empty: float = 0.0) -> Any:
     void = denominator == 0
     quotient = numerator / xp.where(void, xp.ones_like(denominator), denominator)
     return xp.where(void, xp.zeros_like(quotient) + empty, quotient)
+
+
+def one_absent(stats: BlockStatistics[Any]) -> Any:
+    """Where P or S is zero: there is nothing to resolve, and the update is the plain sum."""
+    return (stats.plasticity_sq == 0) | (stats.stability_sq == 0)
 
 
 def variance_alpha(stats: BlockStatistics[ArrayT]) -> ArrayT:
@@ -153,7 +160,8 @@ def soft_projection(
     else:
         fraction = xp.zeros_like(s2) + alpha
     probability: Any = conflict_probability(stats, c)
-    opposed = c < 0
+    # of totals that cancel to nothing, noise that both streams share is left: no conflict
+    opposed = (c < 0) & ~one_absent(stats)
     gated = fraction * (probability if gate == "probability" else xp.astype(opposed, dot.dtype))
     against = xp.where(opposed, -c, xp.zeros_like(c))
     boost = xp.minimum(gated * ratio(xp, against, s2), xp.full_like(s2, max_boost))

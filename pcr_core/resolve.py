@@ -34,7 +34,7 @@ class Resolution(Generic[ArrayT]):
     """Result of `resolve`: the update (d,) in the input's dtype, and how it came about.
 
     `update = weights.plasticity * P + weights.stability * S` per block, with P and S the totals - or, with
-    TemporalPrior, the filtered means in `state`.
+    TemporalPrior, the filtered means in `state`. `weights.finite` is false as well where the update left its dtype.
     """
 
     update: ArrayT
@@ -104,7 +104,9 @@ def resolve(
     else:
         weights = rule(stats)
     update = _spread(xp, weights.plasticity, lengths) * p + _spread(xp, weights.stability, lengths) * s
-    return Resolution(xp.astype(update, out), weights, stats, state)
+    update = xp.astype(update, out)
+    broken = _block_sums(xp, xp.astype(~xp.isfinite(update), xp.int32), lengths)  # sums may fit the wide dtype alone
+    return Resolution(update, replace(weights, finite=weights.finite & (broken == 0)), stats, state)
 
 
 def _common_dtype(xp: Any, p: Any, s: Any) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, get_args, runtime_checkable
 
 from pcr_core._namespace import ArrayT
+from pcr_core._numbers import is_number
 from pcr_core.posterior import FlatPrior, Posterior, Prior, ShrinkagePrior, TemporalPrior
 from pcr_core.projection import (
     AlphaKind,
@@ -21,6 +22,7 @@ from pcr_core.projection import (
     Update,
     Weights,
     check_statistics,
+    one_absent,
     ratio,
     report,
     soft_projection,
@@ -69,8 +71,8 @@ class PCR:
 
     def __post_init__(self) -> None:
         _check_alpha(self.alpha, named=get_args(AlphaKind))
-        if not self.max_boost >= 0:
-            raise ValueError(f"max_boost: expected a number >= 0 (math.inf for none), got {self.max_boost}")
+        if not (is_number(self.max_boost) and self.max_boost >= 0):
+            raise ValueError(f"max_boost: expected a number >= 0 (math.inf for none), got {self.max_boost!r}")
         if not isinstance(self.prior, get_args(Prior)):
             raise TypeError(f"prior: expected FlatPrior(), ShrinkagePrior() or TemporalPrior(), got {self.prior!r}")
         for name, options in (("update", Update), ("gate", Gate), ("conflict", Conflict)):
@@ -156,7 +158,7 @@ class GRPO:
 
 @dataclass(frozen=True)
 class NoAnchor:
-    """P alone in the blocks: no KL pull there."""
+    """P alone in the blocks: no KL pull there, not even where P is zero."""
 
     def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
         return _constant(stats, plasticity=1.0, stability=0.0)
@@ -190,15 +192,20 @@ class PCGrad:
     def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
         xp = check_statistics(stats)
         c: Any = stats.dot
-        against = xp.where(c < 0, -c, xp.zeros_like(c))
         one_sided = soft_projection(stats, alpha=1.0)
+        against = xp.where(one_sided.conflict, -c, xp.zeros_like(c))
         a: Any = one_sided.plasticity
         return replace(one_sided, plasticity=a + ratio(xp, against, stats.plasticity_sq))
 
 
 @dataclass(frozen=True)
 class MGDA:
-    """The shortest vector between P and S (Desideri 2012); 1/2 each where P = S."""
+    """The shortest vector between P and S (Desideri 2012); 1/2 each where P = S.
+
+    Where one of the two is zero that would be zero for ever, so the update is their sum: a run whose blocks hold all
+    that is trained begins at its reference, with S = 0. From then on S counts however weak it is, and the update is
+    never longer than S: with a small beta MGDA hardly moves, which is the rule's own.
+    """
 
     def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
         xp = check_statistics(stats)
@@ -206,7 +213,9 @@ class MGDA:
         s2: Any = stats.stability_sq
         c: Any = stats.dot
         t = xp.clip(ratio(xp, s2 - c, p2 + s2 - 2 * c, empty=0.5), 0.0, 1.0)
-        return report(xp, stats, plasticity=t, stability=1 - t, alpha=xp.zeros_like(t))
+        whole, absent = xp.ones_like(t), one_absent(stats)
+        a, b = xp.where(absent, whole, t), xp.where(absent, whole, 1 - t)
+        return report(xp, stats, plasticity=a, stability=b, alpha=xp.zeros_like(t), removed=1 - a)
 
 
 def _constant(stats: BlockStatistics[ArrayT], *, plasticity: float, stability: float) -> Weights[ArrayT]:
@@ -218,8 +227,7 @@ def _constant(stats: BlockStatistics[ArrayT], *, plasticity: float, stability: f
 
 
 def _check_alpha(alpha: Any, named: tuple[str, ...] = ()) -> None:
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if alpha in named or (number and 0 <= alpha <= 1):
+    if (isinstance(alpha, str) and alpha in named) or (is_number(alpha) and 0 <= alpha <= 1):
         return
     options = ", ".join(repr(name) for name in named)
     raise ValueError(f"alpha: expected {options + ' or ' if options else ''}a number in [0, 1], got {alpha!r}")

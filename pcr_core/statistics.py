@@ -7,6 +7,7 @@ of the total is estimated from their scatter within groups (strata). Everything 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -199,7 +200,8 @@ def contribution_statistics(
     shared = stability_group_ids is None
     require_shape((n if shared else None, d), "(responses, coordinates) of plasticity", stability=stability)
     sizes = (d,) if sizes is None else tuple(sizes)
-    if sum(sizes) != d or min(sizes) < 1:
+    whole = all(isinstance(size, numbers.Integral) and not isinstance(size, bool) and size >= 1 for size in sizes)
+    if not sizes or not whole or sum(sizes) != d:
         raise ValueError(f"sizes: expected positive numbers that add up to {d}, got {sizes}")
 
     wide = widest_float(xp, p)

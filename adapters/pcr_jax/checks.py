@@ -32,6 +32,17 @@ def check_width(tree: Any, name: str) -> None:
             raise TypeError(f"{where} is float64, and JAX would make it float32: cast it, or turn x64 on")
 
 
+def check_mask(rollouts: Any) -> None:
+    """ValueError of a mask of other numbers than 0 and 1; outside a compiled function, where they can be seen."""
+    mask: Any = getattr(rollouts, "mask", None)
+    if not hasattr(mask, "dtype") or isinstance(mask, jax.core.Tracer) or jnp.issubdtype(mask.dtype, jnp.bool_):
+        return
+    odd = (mask != 0) & (mask != 1)
+    if bool(odd.any()):
+        number = float(mask.ravel()[int(odd.argmax())])
+        raise ValueError(f"rollouts: mask: expected booleans, or 0 and 1, got {number:g}")
+
+
 def check_blocks(tree: Any, blocks: Blocks, name: str) -> None:
     """ValueError unless `blocks` were selected on a tree of this structure."""
     paths = tuple(path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])

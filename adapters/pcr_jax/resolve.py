@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
@@ -65,7 +65,7 @@ def resolve(
 
     Returns:
         The update, each leaf in its gradients' dtype, and a Report. A block whose sums are not finite gets a non-finite
-        update and `weights.finite` False.
+        update and `weights.finite` False; so does one whose update its dtype cannot hold.
 
     Raises:
         TypeError: leaves that are not floating (or float64 while x64 is off), statistics or a rule of another kind.
@@ -103,11 +103,33 @@ def resolve(
         weights, plasticity, stability, prior = filtered(rule, complete, plasticity, stability, prior, chosen, layout)
     else:
         weights = rule(complete)
-    update = [
+    leaves = [
         _combine(p, s, None if block is None else (weights.plasticity[block], weights.stability[block])).astype(dtype)
         for block, p, s, dtype in zip(chosen.of_leaf, plasticity, stability, dtypes, strict=True)
     ]
-    return jax.tree.unflatten(structure, update), Report(weights, complete, chosen, prior)
+    update = jax.tree.unflatten(structure, leaves)
+    return update, as_written(Report(weights, complete, chosen, prior), update)
+
+
+def as_written(report: Report, update: Any) -> Report:
+    """The report, with `weights.finite` false as well where the update has left its dtype.
+
+    float16 is read. What is wider holds any update whose norm it holds, and that needs no pass over the gradients - but
+    with TemporalPrior, whose means' norms the statistics do not hold.
+    """
+    weights, statistics, blocks = report.weights, report.statistics, report.blocks
+    longest = abs(weights.plasticity) * jnp.sqrt(statistics.plasticity_sq)
+    longest += abs(weights.stability) * jnp.sqrt(statistics.stability_sq)
+    written = list(weights.finite)
+    for block, x in zip(blocks.of_leaf, jax.tree.leaves(update), strict=True):
+        if block is None:
+            continue
+        largest = float(jnp.finfo(x.dtype).max)
+        if largest < 1e30 or report.prior is not None:
+            written[block] &= jnp.isfinite(x).all()
+        elif largest < float(jnp.finfo(longest.dtype).max):  # else what is wide is not finite first
+            written[block] &= ~(longest[block] > largest)
+    return replace(report, weights=replace(weights, finite=jnp.stack(written)))
 
 
 def _complete(

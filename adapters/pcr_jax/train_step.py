@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import pcr_core
 from pcr_core import Objective, PriorState, Rule, Scatter
-from pcr_core.objective import Importance, Normalization, batch_normalizer
+from pcr_core._numbers import is_number
+from pcr_core.objective import KL, Importance, Normalization, batch_normalizer, check_options
 from pcr_jax.blocks import Blocks, Granularity, Selector, select_blocks
-from pcr_jax.checks import check_floating, check_width
+from pcr_jax.checks import check_floating, check_mask, check_width
 from pcr_jax.pullback import LogpFn, Norms, pullback
 from pcr_jax.records import register
-from pcr_jax.resolve import Report, resolve
+from pcr_jax.resolve import Report, as_written, resolve
 from pcr_jax.sharding import Layout
 from pcr_jax.temporal import init_prior, is_temporal
 
@@ -33,7 +34,7 @@ class Rollouts:
         logp_old: (n, T) log-probabilities under the policy that sampled them.
         logp_ref: (n, T) under the reference policy.
         advantages: (n,), of `pcr_core.group_advantages`.
-        mask: (n, T) boolean, which entries are response tokens.
+        mask: (n, T) boolean, or 0 and 1: which entries are response tokens.
         present: (n,) boolean, where groups are of unequal size: False for rows that only fill up a group. All are
             responses by default. A group of one response makes the blocks NaN and `weights.finite` False.
     """
@@ -83,6 +84,7 @@ class TrainStep:
     def __call__(self, state: TrainState, rollouts: Rollouts) -> tuple[TrainState, StepReport]:
         check_width(state, "state")
         check_width(rollouts, "rollouts")
+        check_mask(rollouts)
         result: tuple[TrainState, StepReport] = self.compiled(state, rollouts)
         return result
 
@@ -134,6 +136,7 @@ def make_train_step(
     clip: tuple[float, float] = (0.2, 0.2),
     normalization: Normalization = "grpo",
     importance: Importance = "token",
+    kl: KL = "k3",
     norms: Norms = "auto",
     microbatch: int | None = None,
     shardings: TrainState | None = None,
@@ -155,6 +158,7 @@ def make_train_step(
         clip: see `pcr_core.grpo_objective`.
         normalization: the same; tokens are counted over the whole batch.
         importance: the same.
+        kl: the same; "k3_ratio" is what TRL does.
         norms: see `pullback`.
         microbatch: responses in one forward pass of the fast path, whole groups; one group by default.
         shardings: for several devices, `jax.tree.map(lambda x: x.sharding, state)`, with all of the state on one mesh.
@@ -182,8 +186,9 @@ def make_train_step(
     """
     if not callable(getattr(optimizer, "update", None)):
         raise TypeError(f"optimizer: expected an optax.GradientTransformation, got {type(optimizer).__name__}")
-    if normalization not in get_args(Normalization):
-        raise ValueError(f"normalization: expected one of {get_args(Normalization)}, got {normalization!r}")
+    if not is_number(beta):
+        check_width(beta, "beta")
+    beta, clip = check_options(beta, clip, normalization, importance, kl)
     for name, value in (("group_size", group_size), ("microbatch", microbatch)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
@@ -193,10 +198,6 @@ def make_train_step(
     if shardings is not None and not isinstance(shardings, TrainState):
         raise TypeError(f"shardings: expected a TrainState of NamedSharding, got {type(shardings).__name__}")
     layout = None if shardings is None else Layout.of(shardings.params, data_axis)
-
-    if isinstance(beta, numbers.Real):
-        beta = float(beta)  # a NumPy scalar would widen float32 where x64 is on
-    check_width(beta, "beta")
 
     def objective(logp: Array, rows: Rollouts, normalizer: Any) -> Objective[Array]:
         return pcr_core.grpo_objective(
@@ -210,6 +211,7 @@ def make_train_step(
             normalization=normalization,
             importance=importance,
             normalizer=normalizer,
+            kl=kl,
         )
 
     def step(state: TrainState, rollouts: Rollouts) -> tuple[TrainState, StepReport]:
@@ -227,7 +229,8 @@ def make_train_step(
         if rollouts.present is not None:
             there = rollouts.present
             advantages = jnp.where(there, rollouts.advantages, 0)  # whatever the rows that fill up hold
-            rollouts = replace(rollouts, mask=(rollouts.mask != 0) & there[:, None], advantages=advantages)
+            mask = jnp.where(there[:, None], rollouts.mask, jnp.zeros_like(rollouts.mask))
+            rollouts = replace(rollouts, mask=mask, advantages=advantages)
         normalizer = batch_normalizer((rollouts.mask != 0).astype(jnp.float32), normalization)
         n = rollouts.mask.shape[0]
         present = n if rollouts.present is None else jnp.sum(rollouts.present)
@@ -260,6 +263,7 @@ def make_train_step(
             plasticity, stability, scatter, rule, blocks=chosen, prior=state.prior, layout=layout
         )
         update = jax.tree.map(lambda u, x: u.astype(x.dtype), update, state.params)
+        resolution = as_written(resolution, update)
         change, inner = optimizer.update(update, state.optimizer, state.params)
         params = jax.tree.map(lambda x, dx: (x + dx).astype(x.dtype), state.params, change)
         lost = objective(logp, rollouts, normalizer)

@@ -6,12 +6,16 @@ that each epoch moves on.
 
 from __future__ import annotations
 
+import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+
+from pcr_torch import weights
 
 _STATE_FILE = "pcr_state.pt"
 _WITHIN = ("steps_per_generation", "per_device_train_batch_size")  # what lays out a generation batch
@@ -20,7 +24,12 @@ _WITHIN = ("steps_per_generation", "per_device_train_batch_size")  # what lays o
 def save(trainer: Any, folder: str) -> None:
     """A collective call on several processes."""
     settings = _settings(trainer)
-    state = {"method": _whole(trainer.method.state_dict()), "step": trainer._step, "settings": settings}
+    state = {
+        "method": _whole(trainer.method.state_dict()),
+        "step": trainer._step,
+        "settings": settings,
+        "weights": weights.digests(trainer.model),
+    }
     os.makedirs(folder, exist_ok=True)
     if trainer.args.should_save:
         torch.save(state, os.path.join(folder, _STATE_FILE))
@@ -42,7 +51,7 @@ def load(trainer: Any, folder: str) -> dict[str, Any]:
     if not trainer.is_fsdp_enabled:
         _refuse_incomplete(folder)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if "settings" not in state:
+    if "settings" not in state or "weights" not in state:
         raise ValueError(f"checkpoint: {path} was written by an earlier version")
     saved, now = state["settings"], _settings(trainer)
     done, within = divmod(state["step"], _cycle(saved))
@@ -64,6 +73,53 @@ def load(trainer: Any, folder: str) -> dict[str, Any]:
     trainer._step, trainer._buffered_inputs = done * _cycle(now) + within, batches
     method: dict[str, Any] = state["method"]
     return method
+
+
+def restore_weights(trainer: Any, folder: str) -> None:
+    """After the trainer has loaded a checkpoint's weights: they are those that were saved, or ValueError."""
+    path = os.path.join(folder, _STATE_FILE)
+    if os.path.exists(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weights.restore(trainer.model, folder, state.get("weights"))
+
+
+def refuse_damaged(folder: str) -> None:
+    """ValueError that names a file of a checkpoint which was cut off."""
+    file = damaged(Path(folder))
+    if file is not None:
+        raise ValueError(
+            f"checkpoint: {file} is damaged (cut off in writing, or by a full disk); resume from an earlier checkpoint"
+        )
+
+
+def damaged(folder: Path) -> Path | None:
+    """The first file of a checkpoint that is not whole, as its own format tells; None where all are."""
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):  # its directory is at the end
+            return file
+        if file.suffix == ".safetensors" and not _whole_safetensors(file):
+            return file
+        if file.name == "trainer_state.json":
+            try:
+                json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                return file
+    return None
+
+
+def _whole_safetensors(file: Path) -> bool:
+    """Whether a file is as long as its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 + length or length == 0:
+            return False
+        try:
+            header = json.loads(opened.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)
 
 
 def draw_epochs(sampler: Any, epochs: int) -> None:

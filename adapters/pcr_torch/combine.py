@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pcr_core import BlockStatistics, Weights
 from pcr_torch.distributed import like, local
 from pcr_torch.pullback import inner, total_dtype, wide_dtype
 
@@ -62,10 +63,22 @@ def _wide_products(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(rows).sum(dim=0)
 
 
-def add_combination(parameter: nn.Parameter, p: Tensor | None, s: Tensor | None, a: float, b: float) -> None:
-    """parameter.grad += a p + b s, in p's memory; of a sharded parameter p and s are this rank's shards."""
+def longest(weights: Weights[Tensor], statistics: BlockStatistics[Tensor]) -> Tensor:
+    """(blocks,) a bound on each number of the update, |a||P| + |b||S|."""
+    plasticity, stability = statistics.plasticity_sq.sqrt(), statistics.stability_sq.sqrt()
+    return weights.plasticity.abs() * plasticity + weights.stability.abs() * stability
+
+
+def add_combination(
+    parameter: nn.Parameter, p: Tensor | None, s: Tensor | None, a: float, b: float, bound: float = math.inf
+) -> bool:
+    """parameter.grad += a p + b s, in p's memory; of a sharded parameter p and s are this rank's shards.
+
+    Returns whether the parameter's dtype holds what was added, and its sum with a gradient that was there. That is read
+    only where a `bound` on the numbers added does not say so.
+    """
     if p is None and s is None:
-        return
+        return True
     update = torch.zeros_like(local(parameter), dtype=total_dtype(parameter)) if p is None else p
     if p is not None and a != 1:
         update.mul_(a)
@@ -73,5 +86,11 @@ def add_combination(parameter: nn.Parameter, p: Tensor | None, s: Tensor | None,
         update.add_(s, alpha=b)
     elif not math.isfinite(b):
         update.add_(b)
-    update = like(update.to(parameter.dtype), parameter)
-    parameter.grad = update if parameter.grad is None else update.add_(parameter.grad)
+    update, before = update.to(parameter.dtype), parameter.grad
+    sure = parameter.dtype != torch.float16 and bound < torch.finfo(parameter.dtype).max / 2
+    held = sure or bool(update.isfinite().all())
+    update = like(update, parameter)
+    parameter.grad = update if before is None else update.add_(before)
+    if before is not None and held and not sure:
+        held = bool((local(parameter.grad).isfinite() | ~local(before).isfinite()).all())
+    return held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -17,7 +18,7 @@ from pcr_core import FlatPrior, Objective, Rule, Scatter, TemporalPrior
 from pcr_core.statistics import Strata
 from pcr_torch.batch import check_batch
 from pcr_torch.blocks import Granularity, Selector, select_blocks
-from pcr_torch.combine import add_combination
+from pcr_torch.combine import add_combination, longest
 from pcr_torch.distributed import average, local, unwrap
 from pcr_torch.parameters import check_parameters
 from pcr_torch.products import WORKSPACE
@@ -226,13 +227,21 @@ class PCR:
         statistics = self._sums.statistics(self._totals, self._scatter or self._sums.no_scatter())
         if isinstance(self.rule, pcr_core.PCR) and isinstance(self.rule.prior, TemporalPrior):
             weights = self._filter.weights(self.rule, statistics, self._totals)
+            bounds = torch.full_like(statistics.size, math.inf)  # of the means that the filter put in the totals' place
         else:
             weights = self.rule(statistics)
+            bounds = longest(weights, statistics)
         a, b = weights.plasticity.tolist(), weights.stability.tolist()
         plasticity, stability = self._totals
+        broken = torch.zeros_like(bounds)
         for block, (name, parameter) in zip(self._sums.block_of.tolist(), self._parameters.items()):
-            add_combination(parameter, plasticity.pop(name, None), stability.pop(name, None), a[block], b[block])
+            p, s = plasticity.pop(name, None), stability.pop(name, None)
+            if not add_combination(parameter, p, s, a[block], b[block], float(bounds[block])):
+                broken[block] = 1
+        if self._ranks is not None and self._sharded:  # each has seen its own part
+            broken = self._ranks.sum(broken)
         self._totals, self._scatter = ({}, {}), None
+        weights = replace(weights, finite=weights.finite & (broken == 0))
         report = Report(self.blocks, weights, statistics)
         if self._every > 1:
             self._last, self._age = report, 0

@@ -41,11 +41,11 @@ class Report:
 
     @property
     def finite(self) -> bool:
-        """Whether every block's statistics were finite. Where not, its update is not finite either."""
+        """Whether every block's statistics and update are finite; an update may be beyond what its dtype holds."""
         return bool(self.weights.finite.all())
 
     def nonfinite_blocks(self) -> tuple[str, ...]:
-        """Names of the blocks with non-finite gradients."""
+        """Names of the blocks with non-finite gradients or a non-finite update."""
         return tuple(b.name for b, ok in zip(self.blocks, self.weights.finite.tolist(), strict=True) if not ok)
 
     def metrics(self, prefix: str = "pcr/") -> dict[str, float]:

@@ -317,6 +317,15 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         checkpoints.draw_epochs(self._sampler, epochs)
         return epochs, steps
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoints.refuse_damaged(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        checkpoints.restore_weights(self, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        checkpoints.restore_weights(self, self.state.best_model_checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:

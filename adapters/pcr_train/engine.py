@@ -49,6 +49,10 @@ class Engine(Policy, Protocol):
     def is_complete(checkpoint: Path) -> bool:
         """Whether the checkpoint was written to its end."""
 
+    @staticmethod
+    def damaged(checkpoint: Path) -> Path | None:
+        """A file of a complete checkpoint that is not whole any more."""
+
     def prepare(self, heldout: Sequence[Problem]) -> None:
         """Makes the trainer, on problems of the task none of which is held out; refuses bad options of a rule."""
 

@@ -26,6 +26,7 @@ from pcr_train.tasks import Problem, Task, load_task
 
 RETENTION_POOL = 48
 _WRITTEN = ("start", "checkpoint-*", "*.json", "metrics.jsonl", "plot.png", "README.md")
+_LOCK = ".pcr-train.lock"
 _CLAIMED = ".pcr-train"  # marks a folder in which a run is being prepared, until it has its settings.json
 
 
@@ -58,15 +59,55 @@ def train(
     """Runs or resumes training in `folder`; without `plot`, no picture is drawn.
 
     Raises:
-        ValueError: bad settings, a folder that is in use, or nothing to resume.
+        ValueError: bad settings, a folder that is in use or cannot be written, or nothing to resume.
         ImportError: the framework is not installed.
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
-    console = console or Console()
+    if resume and not (folder / "settings.json").exists():
+        raise ValueError(f"--resume: {folder} holds no settings.json, so no run of pcr-train was started there")
+    with _alone_in(folder):
+        return _train(settings, folder, resume=resume, console=console or Console(), plot=plot)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """A lock that the system holds for this process, and takes back when it ends, however that comes about."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a+")
+    except OSError as error:
+        raise ValueError(f"--out: {folder} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            _lock(file)
+        except OSError:
+            file.seek(0)
+            raise ValueError(
+                f"{folder}: another run is going on in this folder (process {file.read().strip() or 'unknown'}); wait "
+                "for its end, or give another --out"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _lock(file: Any) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        return
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _train(settings: Settings, folder: Path, *, resume: bool, console: Console, plot: bool) -> Outcome:
     started = time.perf_counter()
     kind = load_engine(settings.framework)
     kind.check(settings)
-    checkpoint = _claim(settings, folder, resume, kind)
+    checkpoint = _claim(settings, folder, resume, kind, console)
     task = load_task(
         settings.task, settings.task_options, seed=settings.seed, shots=settings.shots, style=settings.style
     )
@@ -130,18 +171,17 @@ def _step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def _claim(settings: Settings, folder: Path, resume: bool, kind: type[Engine]) -> Path | None:
+def _claim(settings: Settings, folder: Path, resume: bool, kind: type[Engine], console: Console) -> Path | None:
     """Checks that `folder` fits the request, and finds the checkpoint to resume."""
     file = folder / "settings.json"
     if resume:
-        if not file.exists():
-            raise ValueError(f"--resume: {folder} holds no settings.json, so no run of pcr-train was started there")
         different = Settings.load(file).differences(settings)
         if different:
             raise ValueError(
                 f"--resume: {', '.join('--' + name.replace('_', '-') for name in different)} differs from the run in "
                 f"{folder}; leave it out to continue that run, or start a new one with another --out"
             )
+        _set_aside_damaged(folder, kind, console)
         checkpoint = last_checkpoint(folder, kind)  # none: it stopped before the first, so it starts again
         if settings.steps < _step_of(checkpoint):
             raise ValueError(f"--steps: {settings.steps} is less than the {_step_of(checkpoint)} steps already taken")
@@ -159,6 +199,18 @@ def _claim(settings: Settings, folder: Path, resume: bool, kind: type[Engine]) -
         shutil.rmtree(folder / "start", ignore_errors=True)
         checkpoint = None
     return checkpoint
+
+
+def _set_aside_damaged(folder: Path, kind: type[Engine], console: Console) -> None:
+    """Checkpoints that were written whole and are not any more: kept under another name, and told."""
+    for checkpoint in filter(kind.is_complete, _checkpoints(folder)):
+        file = kind.damaged(checkpoint)
+        if file is not None:
+            kept = folder / f"damaged-{checkpoint.name}"
+            checkpoint.rename(kept)
+            before = last_checkpoint(folder, kind)
+            where = "from the start: there is no other checkpoint" if before is None else f"after {before.name}"
+            console.print(f"{file} is damaged; it is kept in {kept}, and the run goes on {where}", highlight=False)
 
 
 def _other_task(settings: Settings) -> Task | None:

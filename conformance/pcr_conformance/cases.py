@@ -62,10 +62,11 @@ class ObjectiveCase:
     normalization: Any = "grpo"
     importance: Any = "token"
     normalizer: float | None = None
+    kl: Any = "k3"
     regime: str = field(default="", compare=False)
 
     def options(self) -> dict[str, Any]:
-        names = ("beta", "clip", "normalization", "importance", "normalizer")
+        names = ("beta", "clip", "normalization", "importance", "normalizer", "kl")
         return {name: getattr(self, name) for name in names}
 
 

@@ -64,10 +64,15 @@ def weights(rule: Any, stats: Enclosed) -> Decision:
     if isinstance(rule, pcr_core.PCGrad):
         return Decision(against / stats.p2 + 1, against / stats.s2 + 1, None, stats.c)
     if isinstance(rule, pcr_core.MGDA):
+        if stats.p2.hi == 0 or stats.s2.hi == 0:
+            return Decision(one, one)
         gap = stats.p2 + stats.s2 - stats.c * 2
         undecided = gap.lo <= 0
         t = Interval(0.0, 1.0, one.arithmetic) if undecided else ((stats.s2 - stats.c) / gap).clipped(0.0, 1.0)
-        return Decision(t, (1 - t).clipped(0.0, 1.0))
+        a, b = t, (1 - t).clipped(0.0, 1.0)
+        if stats.p2.lo == 0 or stats.s2.lo == 0:  # perhaps the plain sum
+            a, b = replace(a, hi=1.0), replace(b, hi=1.0)
+        return Decision(a, b)
     if isinstance(rule, pcr_core.HardProjection):
         rule = pcr_core.PCR(alpha=1.0, max_boost=math.inf)
     if isinstance(rule, pcr_core.FixedAlpha):
@@ -96,6 +101,10 @@ def _project(rule: pcr_core.PCR, means: Enclosed) -> Decision:
     alpha = retention_complement(rule.alpha, means)
     gate = conflict_probability(means, c) if rule.gate == "probability" else one
     cap = one * rule.max_boost
+    if means.p2.hi == 0 or means.s2.hi == 0:  # nothing to resolve, whatever the noise
+        c = c.clipped(0.0, 0.0)
+    elif means.p2.lo == 0 or means.s2.lo == 0:  # perhaps nothing
+        c = replace(c, hi=max(c.hi, 0.0))
     boost = (gate * alpha * (-c).clipped(0.0, math.inf) / means.s2).clipped(0.0, math.inf).least(cap)
     return Decision(one, boost + 1 if rule.update == "anchored" else boost, alpha, c)
 

@@ -59,6 +59,9 @@ class Wrong(DenseAdapter):
                 update, fact = update
             if self.stage != "combine" or update.dtype == np.float64:
                 update = self.from_numpy(update, dtype)
+        if self.stage not in ("weights", "judgement"):
+            written = [bool(np.isfinite(update[b]).all()) for b in case.blocks()]
+            weights = replace(weights, finite=weights.finite & np.asarray(written))
         return Resolved(update.astype(np.float64), weights, stats, str(update.dtype), "cpu", fact, fact)
 
     def objective(self, case: ObjectiveCase, dtype: str) -> Objective[Any]:
@@ -220,6 +223,15 @@ def _mgda_unclipped(stats: Stats, rule: Rule) -> Decision:
     return replace(w, plasticity=t, stability=1 - t)
 
 
+def _shortest_whatever_is_absent(stats: Stats, rule: Rule) -> Decision:
+    w = rule(stats)
+    if not isinstance(rule, pcr.MGDA):
+        return w
+    gap = stats.plasticity_sq + stats.stability_sq - 2 * stats.dot
+    t = np.clip(np.where(gap == 0, 0.5, (stats.stability_sq - stats.dot) / gap), 0, 1)
+    return replace(w, plasticity=t, stability=1 - t, removed=1 - t)
+
+
 def _contaminating(w: Decision, p: Any, s: Any, sizes: tuple[int, ...]) -> Any:
     update = combined(w, p, s, sizes)
     return update + 0 * update.sum()
@@ -249,6 +261,31 @@ def _k1(o: Objective[Any], case: ObjectiveCase) -> Objective[Any]:
     gap = np.where(case.mask, case.logp_ref - case.logp, 0.0)
     factor = np.where(np.abs(1 - np.exp(gap)) > 0, 1 - np.exp(gap), 1.0)
     return replace(o, stability_cotangent=o.stability_cotangent / factor)
+
+
+def _ratio_held(run: Callable[[ObjectiveCase], Objective[Any]], case: ObjectiveCase) -> Objective[Any]:
+    """The derivative of k3 alone, times the ratio."""
+    with_ratio = run(case)
+    if case.kl == "k3":
+        return with_ratio
+    plain = run(replace(case, kl="k3")).stability_cotangent
+    return replace(with_ratio, stability_cotangent=_kl_ratios(case) * plain)
+
+
+def _ratio_clipped(run: Callable[[ObjectiveCase], Objective[Any]], case: ObjectiveCase) -> Objective[Any]:
+    with_ratio = run(case)
+    if case.kl == "k3":
+        return with_ratio
+    ratios = _kl_ratios(case)
+    share = np.clip(ratios, 1 - case.clip[0], 1 + case.clip[1]) / ratios
+    return replace(with_ratio, stability_cotangent=share * with_ratio.stability_cotangent)
+
+
+def _kl_ratios(case: ObjectiveCase) -> Any:
+    log_ratio = np.where(case.mask, case.logp - case.logp_old, 0.0)
+    if case.importance == "sequence":
+        log_ratio = log_ratio.sum(1, keepdims=True) / np.maximum(case.mask.sum(1, keepdims=True), 1)
+    return np.exp(log_ratio)
 
 
 _S, _W, _C, _O = "statistics_are_exact", "weights_are_exact", "update_is_the_combination", "objective_is_exact"
@@ -316,6 +353,16 @@ MUTANTS: tuple[Mutant, ...] = (
         lambda s, r: r(replace(s, dot=-abs(s.dot))),
     ),
     Mutant("projection too long", "projection_never_lengthens", "weights", _boost(lambda b, s, r: 3 * b)),
+    Mutant(
+        "MGDA rests at a zero stream", "one_stream_absent_is_the_plain_sum", "weights", _shortest_whatever_is_absent
+    ),
+    Mutant(
+        "noise of a zero total projected",
+        "one_stream_absent_is_the_plain_sum",
+        "weights",
+        lambda s, r: r(replace(s, plasticity_sq=np.maximum(s.plasticity_sq, 1e-300))),
+    ),
+    Mutant("what is written not judged", "finite_tells_what_is_written", "judgement", combined),
     Mutant("MGDA unclipped", _W, "weights", _mgda_unclipped),
     Mutant("PCGrad one-sided", _W, "weights", lambda s, r: (pcr.HardProjection() if r == pcr.PCGrad() else r)(s)),
     Mutant("finite flag always set", "overflow_is_flagged", "weights", lambda s, r: replace(r(s), finite=s.size > 0)),
@@ -361,6 +408,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("clip direction for negative advantages", _O, "objective", _other_clip),
     Mutant("k1 for k3", _O, "objective", _objective(_k1)),
+    Mutant("no ratio in the KL", _O, "objective", _asked(lambda c: replace(c, kl="k3"))),
+    Mutant("ratio always in the KL", _O, "objective", _asked(lambda c: replace(c, kl="k3_ratio"))),
+    Mutant("ratio in the KL not differentiated", _O, "objective", _ratio_held),
+    Mutant("ratio in the KL clipped", _O, "objective", _ratio_clipped),
     Mutant("beta twice", _O, "objective", _asked(lambda c: replace(c, beta=c.beta**2))),
     Mutant("beta left out", _O, "objective", _asked(lambda c: replace(c, beta=1.0))),
     Mutant("no clip", _O, "objective", _asked(lambda c: replace(c, clip=(0.999, 1e9)))),

@@ -52,27 +52,39 @@ def bounds(case: ObjectiveCase, dtype: str) -> Bounds:
     drift_off = drift * FUNCTION * u + np.exp(gap) * np.abs(gap) * u
     k3_off = drift_off + u * (np.abs(gap) + np.abs(np.expm1(gap) - gap))
     k3 = np.abs(np.expm1(gap) - gap)
-    stability = case.beta * norm * (drift_off + 8 * u * drift)
+    slope_off, size = drift_off + 8 * u * drift, drift
+    kl_off, kl_size, kl_autodiff = k3_off, k3, 16 * u * (1 + np.exp(gap))
+    if case.kl == "k3_ratio":
+        # the ratio times all of it, off by what the ratio is; its own derivative adds k3, over tokens or their mean
+        own = k3 if case.importance == "token" else (k3 * case.mask).sum(1, keepdims=True) / tokens
+        own_off = k3_off if case.importance == "token" else (k3_off * case.mask).sum(1, keepdims=True) / tokens
+        size = np.abs(gap) if case.importance == "token" else drift + own
+        slope_off = 8 * u * size + (0 if case.importance == "token" else drift_off + own_off + (length + 4) * u * own)
+        slope_off, size = ratio * (slope_off + (relative + 4 * u) * size), ratio * size
+        # autodiff adds up the two parts of a token's slope, which cancel
+        kl_autodiff = ratio * (kl_autodiff + 2 * own_off + 2 * (relative + (length + 8) * u) * (own + drift))
+        kl_off, kl_size = ratio * (k3_off + (relative + 2 * u) * k3), ratio * k3
+    stability = case.beta * norm * slope_off
 
     largest_gain = np.maximum(ratio, 1 + case.clip[1]) * np.abs(case.advantages)[:, None] * norm
     plasticity_loss = ((relative + (length + 8) * u) * largest_gain).sum(1)
-    stability_loss = (case.beta * norm * (k3_off + (length + 8) * u * k3)).sum(1)
+    stability_loss = (case.beta * norm * (kl_off + (length + 8) * u * kl_size)).sum(1)
     count = max(int(case.mask.sum()), 1)
-    kl = float(((k3_off + (n * length + 4) * u * k3) * case.mask).sum()) / count
+    kl = float(((kl_off + (n * length + 4) * u * kl_size) * case.mask).sum()) / count
 
     # autodiff goes through exp(gap) - 1, which cancels near the reference, and through other products of the same size
-    autodiff = 16 * u * case.beta * norm * (1 + np.exp(gap))
+    autodiff = case.beta * norm * kl_autodiff
     floor = rounding_floor(dtype)
     h = _HIGHER_ORDERS
     return Bounds(
         h * plasticity_loss + floor,
         h * stability_loss + floor,
         h * plasticity + out * slope + floor,
-        h * stability + out * case.beta * norm * drift + floor,
+        h * stability + out * case.beta * norm * size + floor,
         h * kl + floor,
         4 * u,
         3 * h * plasticity + 2 * out * slope + floor,
-        2 * h * stability + 2 * out * case.beta * norm * drift + h * autodiff + floor,
+        2 * h * stability + 2 * out * case.beta * norm * size + h * autodiff + floor,
     )
 
 

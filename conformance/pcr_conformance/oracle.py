@@ -121,6 +121,8 @@ def weights(rule: Any, stats: Stats) -> Pair:
             return Pair(1 - c / p2, 1 - c / s2, None, True)
         return Pair(Fraction(1), Fraction(1), None, False)
     if isinstance(rule, pcr_core.MGDA):
+        if not p2 or not s2:
+            return Pair(Fraction(1), Fraction(1))
         gap = p2 + s2 - 2 * c  # |P - S|^2
         t = min(max((s2 - c) / gap, Fraction(0)), Fraction(1)) if gap else Fraction(1, 2)
         return Pair(t, 1 - t)
@@ -153,13 +155,14 @@ def project(rule: pcr_core.PCR, means: Stats) -> Pair:
     c = means.c - means.vps if rule.conflict == "debiased" else means.c
     alpha = retention_complement(rule.alpha, means)
     boost = Fraction(0)
-    if c < 0 and means.s2:
+    conflict = c < 0 and means.p2 != 0 and means.s2 != 0
+    if conflict:
         gate = conflict_probability(means, c) if rule.gate == "probability" else 1
         boost = gate * alpha * -c / means.s2
         if math.isfinite(rule.max_boost):
             boost = min(boost, Fraction(rule.max_boost))
     anchor = 1 if rule.update == "anchored" else 0
-    return Pair(Fraction(1), anchor + boost, alpha, c < 0)
+    return Pair(Fraction(1), anchor + boost, alpha, conflict)
 
 
 def retention_complement(kind: Any, stats: Stats) -> Fraction:

@@ -44,7 +44,7 @@ def objective(case: ObjectiveCase) -> Reference:
                 down[k] -= h
                 pairs = zip(_losses(case, i, up), _losses(case, i, down))
                 cotangents[:, i, j] = [float((high - low) / (2 * h)) for high, low in pairs]
-            kl += sum(_divergences(case, i, row))
+            kl += sum(_weighted_divergences(case, i, row))
             clipped += _stopped(case, i, row)
         per = n if case.importance == "sequence" else tokens
         return Reference(losses[0], losses[1], cotangents[0], cotangents[1], float(kl / tokens), float(clipped / per))
@@ -56,7 +56,7 @@ def _losses(case: ObjectiveCase, i: int, row: list[Any]) -> tuple[Any, Any]:
     low, high = 1 - mpmath.mpf(case.clip[0]), 1 + mpmath.mpf(case.clip[1])
     norm = _norm(case, i)
     gains = [min(rho * advantage, min(max(rho, low), high) * advantage) for rho in _ratios(case, i, row)]
-    return -sum(gains) * norm, mpmath.mpf(case.beta) * sum(_divergences(case, i, row)) * norm
+    return -sum(gains) * norm, mpmath.mpf(case.beta) * sum(_weighted_divergences(case, i, row)) * norm
 
 
 def _ratios(case: ObjectiveCase, i: int, row: list[Any]) -> list[Any]:
@@ -70,6 +70,14 @@ def _ratios(case: ObjectiveCase, i: int, row: list[Any]) -> list[Any]:
 def _divergences(case: ObjectiveCase, i: int, row: list[Any]) -> list[Any]:
     gaps = [mpmath.mpf(float(case.logp_ref[i, j])) - x for x, j in zip(row, np.flatnonzero(case.mask[i]))]
     return [mpmath.exp(gap) - gap - 1 for gap in gaps]
+
+
+def _weighted_divergences(case: ObjectiveCase, i: int, row: list[Any]) -> list[Any]:
+    """k3 of each token, times its ratio where the case asks for that."""
+    values = _divergences(case, i, row)
+    if case.kl == "k3_ratio":
+        values = [rho * value for rho, value in zip(_ratios(case, i, row), values, strict=True)]
+    return values
 
 
 def _norm(case: ObjectiveCase, i: int) -> Any:

@@ -20,6 +20,7 @@ NO_CONFLICT = ("no conflict", "orthogonal", "parallel", "zero plasticity", "zero
 
 PROJECTIONS = (pcr.PCR(alpha="variance"), pcr.PCR.paper(), pcr.PCR(alpha="snr"), pcr.PCR.paper(update="literal"))
 SHRINKING = pcr.PCR(alpha="variance", prior=pcr.ShrinkagePrior(), conflict="debiased")
+DEBIASED = pcr.PCR(conflict="debiased")
 PROBABLE = pcr.PCR(alpha="variance", gate="probability")
 OTHERS = (pcr.GRPO(), pcr.NoAnchor(), pcr.HardProjection(), pcr.FixedAlpha(0.3), pcr.PCGrad(), pcr.MGDA())
 
@@ -84,7 +85,7 @@ def _statistics(data: st.DataObject, adapter: Adapter) -> Arguments:
 
 def _weights(data: st.DataObject, adapter: Adapter) -> Arguments:
     dtype = _narrow(adapter)
-    rule = data.draw(_one(adapter, (*PROJECTIONS, PROBABLE, SHRINKING, *OTHERS)))
+    rule = data.draw(_one(adapter, (*PROJECTIONS, PROBABLE, DEBIASED, SHRINKING, *OTHERS)))
     return {"case": _case(data, adapter, dtype), "dtype": dtype, "rule": rule}
 
 
@@ -100,6 +101,20 @@ def _plain_sum(data: st.DataObject, adapter: Adapter) -> Arguments:
     dtype = data.draw(st.sampled_from(adapter.dtypes[:2]))
     rule = data.draw(_one(adapter, (*PROJECTIONS, PROBABLE, pcr.HardProjection(), pcr.PCGrad())))
     return {"case": _case(data, adapter, dtype, regimes=NO_CONFLICT), "dtype": dtype, "rule": rule}
+
+
+def _absent(data: st.DataObject, adapter: Adapter) -> Arguments:
+    dtype = data.draw(st.sampled_from(adapter.dtypes[:2]))
+    # the shortest vector is the one that would come out as zero
+    rule = data.draw(_one(adapter, (pcr.MGDA(), *PROJECTIONS, DEBIASED, PROBABLE, *OTHERS[:-1])))
+    stream = data.draw(st.sampled_from(("plasticity", "stability")))
+    return {
+        "case": _case(data, adapter, dtype, regimes=("free", "conflict", "orthogonal")),
+        "dtype": dtype,
+        "rule": rule,
+        "stream": stream,
+        "cancelling": data.draw(st.booleans()),
+    }
 
 
 def _kinds(name: str, kinds: tuple[Any, ...], **options: Any) -> Draw:
@@ -187,6 +202,12 @@ def _overflow(data: st.DataObject, adapter: Adapter) -> Arguments:
     return {"case": case, "dtype": adapter.dtypes[0], "rule": rule}
 
 
+def _written(data: st.DataObject, adapter: Adapter) -> Arguments:
+    case = data.draw(cases(shapes=SHAPES[1:2], regimes=("free", "conflict"), largest_exponent=0))
+    rule = data.draw(_one(adapter, (pcr.PCR(), pcr.GRPO())))
+    return {"case": case, "dtype": data.draw(st.sampled_from(adapter.dtypes)), "rule": rule}
+
+
 def _objective(data: st.DataObject, adapter: Adapter) -> Arguments:
     return _tokens(data, adapter) | {"dtype": data.draw(st.sampled_from(adapter.dtypes))}
 
@@ -204,6 +225,7 @@ _OBJECTIVE = frozenset({"objective"})
 
 LAWS: tuple[Law, ...] = (
     Law(laws.no_conflict_is_the_plain_sum, "core", _plain_sum),
+    Law(laws.one_stream_absent_is_the_plain_sum, "core", _absent),
     Law(laws.alpha_is_a_fraction, "core", _kinds("kind", ("variance", "snr"))),
     Law(laws.conflict_keeps_its_fraction, "core", _kinds("kind", ("variance", "snr", 0.25, 1.0), regimes=CONFLICT)),
     Law(laws.projection_never_lengthens, "core", _kinds("kind", ("variance", "snr", 1.0))),
@@ -221,6 +243,7 @@ LAWS: tuple[Law, ...] = (
     Law(laws.dtype_and_device_come_back, "numerics", _dtypes, share=0.1),
     Law(laws.non_finite_is_never_hidden, "numerics", _non_finite),
     Law(laws.overflow_is_flagged, "numerics", _overflow, share=0.5),
+    Law(laws.finite_tells_what_is_written, "numerics", _written, share=0.2),
     Law(laws.objective_is_exact, "objective", _objective, _OBJECTIVE),
     Law(laws.masked_entries_have_no_say, "objective", _objective, _OBJECTIVE),
     Law(laws.cotangents_equal_autodiff, "grad", _autodiff, frozenset({"objective", "grad"})),

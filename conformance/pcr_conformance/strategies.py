@@ -115,15 +115,16 @@ IMPORTANCES = ("token", "sequence")
 BETAS = (0.0, 0.04, 1.0)
 CLIPS = ((0.2, 0.2), (0.2, 0.28), (0.05, 0.4))
 NORMALIZERS = (None, 17.0)
+KLS = ("k3", "k3_ratio")
 
-ObjectiveOptions = tuple[float, tuple[float, float], str, str, float | None]
+ObjectiveOptions = tuple[float, tuple[float, float], str, str, float | None, str]
 
 #: every value of every option at least once, for frameworks that compile each combination
 FEW_COMBINATIONS: tuple[ObjectiveOptions, ...] = (
-    (0.04, (0.2, 0.2), "grpo", "token", None),
-    (1.0, (0.2, 0.28), "dapo", "sequence", None),
-    (0.04, (0.05, 0.4), "bnpo", "token", 17.0),
-    (0.0, (0.2, 0.2), "dr_grpo", "sequence", 17.0),
+    (0.04, (0.2, 0.2), "grpo", "token", None, "k3"),
+    (1.0, (0.2, 0.28), "dapo", "sequence", None, "k3_ratio"),
+    (0.04, (0.05, 0.4), "bnpo", "token", 17.0, "k3_ratio"),
+    (0.0, (0.2, 0.2), "dr_grpo", "sequence", 17.0, "k3"),
 )
 
 
@@ -157,11 +158,11 @@ def objective_cases(
     mask = np.arange(length)[None, :] < lengths[:, None]
     if combinations is None:
         options = draw(
-            st.tuples(*(st.sampled_from(x) for x in (BETAS, CLIPS, NORMALIZATIONS, IMPORTANCES, NORMALIZERS)))
+            st.tuples(*(st.sampled_from(x) for x in (BETAS, CLIPS, NORMALIZATIONS, IMPORTANCES, NORMALIZERS, KLS)))
         )
     else:
         options = draw(st.sampled_from(combinations))
-    beta, clip, normalized, ratios, normalizer = options
+    beta, clip, normalized, ratios, normalizer, kl = options
     old = np.where(_near_kink(np.where(mask, logp - old, 0.0), mask, clip), logp, old)
     logp, old, ref = (np.where(mask, x, np.nan) for x in (logp, old, ref))
     return ObjectiveCase(
@@ -175,6 +176,7 @@ def objective_cases(
         normalization=normalization or normalized,
         importance=importance or ratios,
         normalizer=normalizer,
+        kl=kl,
         regime=regime,
     )
 

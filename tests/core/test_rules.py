@@ -107,6 +107,41 @@ def test_nothing_to_project_on() -> None:
     assert _ab(pcr.MGDA(), p2=1.0, s2=1.0, c=1.0) == (0.5, 0.5)
 
 
+LITERAL = pcr.PCR.paper(update="literal")
+
+
+@pytest.mark.parametrize("rule", [*(pcr.make_rule(name) for name in pcr.RULES), LITERAL, pcr.PCR(conflict="debiased")])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_with_one_stream_absent_every_rule_is_the_plain_sum(rule: pcr.Rule, noise: float) -> None:
+    """Without S all of P, without P all of S - but for rules whose update has no S in it at all."""
+    quiet = {"c": 0.0, "vp": noise, "vs": noise, "vps": noise}
+    no_s, no_p, none = (rule(_stats(p2=p2, s2=s2, **quiet)) for p2, s2 in ((4.0, 0.0), (0.0, 9.0), (0.0, 0.0)))
+    without = rule in (pcr.NoAnchor(), LITERAL)
+    for w in (no_s, no_p, none):
+        assert (w.plasticity, w.stability, w.removed, w.conflict) == (1, 0 if without else 1, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "removed"),
+    [
+        (pcr.GRPO(), 0),
+        (pcr.NoAnchor(), 0),
+        (pcr.HardProjection(), 1 / 2),  # |cos|
+        (pcr.PCGrad(), 1 / 2),
+        (pcr.FixedAlpha(0.5), 1 / 4),
+        (LITERAL, 3 / 8),
+        (pcr.PCR(alpha=1.0, max_boost=0.25), 1 / 8),
+        (pcr.MGDA(), 5 / 7),  # 2/7 of P is let through
+    ],
+)
+def test_what_is_removed_of_plasticity(rule: pcr.Rule, removed: float) -> None:
+    assert rule(_stats()).removed == pytest.approx(removed, rel=1e-15)
+
+
+def test_mgda_removes_all_of_a_longer_gradient_that_agrees() -> None:
+    assert pcr.MGDA()(_stats(p2=9.0, s2=1.0, c=2.0)).removed == 1
+
+
 def test_probability_gate_is_a_smooth_sign_gate() -> None:
     certain = {"vp": 1e-12, "vs": 1e-12}
     assert _ab(pcr.PCR(alpha="variance", gate="probability"), **certain) == pytest.approx(

@@ -193,3 +193,25 @@ def test_bad_input_is_named() -> None:
             call()
     with pytest.raises(ValueError, match="stability_grads: other has shape"):  # while tracing too
         jax.jit(resolve, static_argnames="blocks")(p, {**s, "other": jnp.ones(2)}, noise, blocks=blocks)
+
+
+@pytest.mark.parametrize("rule", [pcr_core.GRPO(), pcr_core.PCR()], ids=str)
+def test_an_update_that_its_dtype_cannot_hold_is_flagged(rule: Any) -> None:
+    p = {"a": jnp.full(3, 6e4, jnp.float16), "b": jnp.full(3, 3e4, jnp.float16), "c": jnp.full(2, 3e38, jnp.float32)}
+    noise = Scatter(*(jnp.ones(3),) * 3)
+    sums = BlockStatistics(*(jnp.full(3, 1e9),) * 3, *(jnp.ones(3),) * 4)
+    for statistics in (noise, sums):  # the third block's own squares overflow, unless they are given
+        update, report = jax.jit(lambda p, s=statistics: resolve(p, p, s, rule, blocks="all"))(p)
+        written = [bool(np.isfinite(x).all()) for x in jax.tree.leaves(update)]
+        assert written == [False, True, False]
+        assert report.weights.finite.tolist()[:2] == written[:2]
+    assert not jax.jit(lambda p: resolve(p, p, noise, rule, blocks="all"))(p)[1].weights.finite[2]
+
+
+def test_where_one_stream_is_absent_the_shortest_combination_is_not_taken() -> None:
+    p, zero = {"w": jnp.asarray([3.0, 4.0])}, {"w": jnp.zeros(2)}
+    noise = Scatter(*(jnp.ones(1),) * 3)
+    for pair in ((p, zero), (zero, p)):
+        update, report = jax.jit(lambda pair: resolve(*pair, noise, pcr_core.MGDA(), blocks="all"))(pair)
+        assert update["w"].tolist() == [3, 4]
+        assert report.weights.removed.tolist() == [0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,68 @@ def test_bad_input_is_named() -> None:
         make_train_step(tiny.forward, optax.sgd(1.0), **options, microbatch=2.0)
     with pytest.raises(ValueError, match="microbatch: expected whole groups of 3"):
         make_train_step(tiny.forward, optax.sgd(1.0), **options, microbatch=4)
+    for name, value in (
+        ("beta", -0.1),
+        ("beta", jnp.asarray(jnp.nan)),
+        ("clip", (0.2, -0.1)),
+        ("importance", "word"),
+        ("kl", "k1"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected"):  # not in the first step, after generating
+            make_train_step(tiny.forward, optax.sgd(1.0), **{**options, name: value})
     step = make_train_step(tiny.forward, optax.sgd(1.0), **options)
     state = init_state(tiny.on_device(tiny.parameters()), optax.sgd(1.0))
     with pytest.raises(TypeError, match="rollouts: expected"):
         step(state, tiny.rollouts())
+    for odd in (0.5, 2.0):
+        data = rollouts()
+        with pytest.raises(ValueError, match=f"rollouts: mask: expected booleans, or 0 and 1, got {odd:g}"):
+            step(state, replace(data, mask=odd * data.mask))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state)), "refused before it is given up"
+
+
+def _linear(params: Any, x: Any) -> Any:
+    return jax.nn.log_softmax(x @ params["w"].astype(x.dtype))[..., 0]
+
+
+def _few(scale: float = 1.0) -> tuple[Rollouts, Any]:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 3, 2)), dtype=jnp.float32)
+    old, ref = (jnp.asarray(-rng.exponential(size=(4, 3)), dtype=jnp.float32) for _ in range(2))
+    advantages = jnp.asarray([1.0, -1.0, 0.5, -0.5], dtype=jnp.float32) * scale
+    return Rollouts(x, old, ref, advantages, jnp.ones((4, 3), dtype=jnp.float32)), {"w": jnp.ones((2, 5))}
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_the_ratio_in_the_kl(importance: Any) -> None:
+    data, params = _few()
+    options: dict[str, Any] = {"beta": 0.3, "kl": "k3_ratio", "importance": importance}
+
+    def loss(p: Any) -> Any:
+        fields = (data.logp_old, data.logp_ref, data.advantages, data.mask)
+        obj = pcr_core.grpo_objective(_linear(p, data.inputs), *fields, **options)
+        return (obj.plasticity_loss + obj.stability_loss).sum()
+
+    sgd = optax.sgd(1.0)
+    step = make_train_step(_linear, sgd, group_size=2, rule=pcr_core.GRPO(), blocks="all", norms="loop", **options)
+    state, report = step(init_state(params, sgd), data)
+    assert relative(params["w"] - state.params["w"], jax.grad(loss)(params)["w"]) <= 1e-5
+    assert float(report.plasticity_loss + report.stability_loss) == pytest.approx(float(loss(params)), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_an_update_that_the_parameters_dtype_cannot_hold_is_reported(scale: float) -> None:
+    """Totals of float16 parameters are float32, and go to the optimizer as float16."""
+    data, params = _few(scale)
+    seen = []
+    tell = optax.stateless(
+        lambda updates, params: jax.tree.map(lambda u: (jax.debug.callback(seen.append, u), u)[1], updates)
+    )
+    step = make_train_step(_linear, tell, group_size=2, beta=0.1, rule=pcr_core.GRPO(), blocks="all", norms="loop")
+    _, report = step(init_state({"w": params["w"].astype(jnp.float16)}, tell), data)
+    jax.effects_barrier()
+    assert bool(report.resolution.weights.finite[0]) == bool(np.isfinite(seen[0]).all()) == (scale == 1)
+    assert np.isfinite(report.resolution.statistics.plasticity_sq).all()
 
 
 def test_parameters_without_a_meant_dtype_get_one() -> None:

@@ -65,3 +65,22 @@ def test_combination_adds_to_grad_in_place(a: float) -> None:
     add_combination(fresh, p, s, a, 3.0)
     assert fresh.grad is not None
     assert fresh.grad.data_ptr() == p.data_ptr()
+
+
+def test_whether_what_is_written_is_finite() -> None:
+    """Judged of what is added, and of its sum with a gradient that was there; not of that gradient alone."""
+
+    def added(value: float, before: float | None = None, dtype: torch.dtype = torch.float16, **bound: float) -> bool:
+        parameter = nn.Parameter(torch.zeros(2, dtype=dtype))
+        if before is not None:
+            parameter.grad = torch.full((2,), before, dtype=dtype)
+        return add_combination(parameter, torch.tensor([value, 1.0]), None, 1.0, 1.0, **bound)
+
+    assert added(6e4, bound=6e4)
+    assert not added(7e4, bound=7e4)
+    assert not added(4e4, before=4e4)
+    assert added(4e4, before=math.inf)
+    assert not added(7e4, before=math.inf)
+    assert added(7e4, dtype=torch.bfloat16)
+    assert not added(3.4e38, dtype=torch.bfloat16)
+    assert not added(3e38, before=3e38, dtype=torch.float32)

@@ -74,6 +74,44 @@ def test_other_parameters_take_the_sum_and_blocks_the_weighted_sum() -> None:
         assert same != conflict
 
 
+@pytest.mark.parametrize(("lora", "blocks", "norms"), [(True, "lora_", "fast"), (False, "all", "loop")])
+def test_a_run_that_begins_at_its_reference_begins(lora: bool, blocks: str, norms: Any) -> None:
+    """The blocks hold all that is trained and S is 0, which is the shortest combination; the step is P's."""
+    model, data = tiny_model("llama", lora=lora), batch()
+    method = PCR(model, blocks=blocks, rule=pcr_core.MGDA(), norms=norms)
+    steps = {}
+    for rule in (pcr_core.GRPO(), pcr_core.MGDA()):
+        method.rule = rule
+        logp = data.logp(model)
+        here = logp.detach()
+        objective = pcr_core.grpo_objective(logp, here, here, data.advantages, data.mask, beta=0.1)
+        method.accumulate(logp, objective, group_ids=data.group_ids)
+        report = method.resolve()
+        assert not report.statistics.stability_sq.any()
+        assert report.metrics()["pcr/removed"] == 0
+        steps[rule] = gradients(model)
+        model.zero_grad()
+    assert all(bool(gradient.any()) for gradient in steps[pcr_core.GRPO()].values())
+    assert_same(steps[pcr_core.MGDA()], steps[pcr_core.GRPO()], rtol=0)
+
+
+@pytest.mark.parametrize("rule", [pcr_core.GRPO(), pcr_core.PCR(prior=pcr_core.TemporalPrior())], ids=str)
+def test_an_update_beyond_half_precision_is_reported(rule: pcr_core.Rule) -> None:
+    """Totals of float16 parameters are float32 and finite; what stands in .grad is not, in some of the blocks."""
+    model, data = tiny_model("llama", dtype=torch.float16), batch()
+    method = PCR(model, rule=rule)
+    for _ in range(2):
+        logp = data.logp(model)
+        many = torch.full_like(logp, 1e4)
+        method.accumulate_cotangents(logp, many, many, group_ids=data.group_ids)
+    report = method.resolve()
+    written = [bool(model.get_parameter(block.name).grad.isfinite().all()) for block in report.blocks]  # type: ignore[union-attr]
+    assert report.weights.finite.tolist() == written
+    assert set(written) == {True, False}
+    assert torch.isfinite(report.statistics.plasticity_sq).all()
+    assert report.metrics()["pcr/nonfinite_blocks"] == written.count(False)
+
+
 @pytest.mark.parametrize("norms", ["fast", "loop"])
 def test_micro_batches_of_whole_groups_equal_one_batch(norms: Any) -> None:
     model, data = tiny_model("llama"), batch()

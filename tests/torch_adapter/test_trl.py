@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import GRPOConfig, GRPOTrainer
 
 import pcr_core
+from pcr_torch import PCR
 from pcr_torch.distributed import local
 from pcr_torch.separability import refuse_trainer
 from pcr_torch.trl import PCRConfig, PCRTrainer, shuffle_groups
@@ -469,3 +470,48 @@ def test_a_beta_set_to_zero_after_the_config_was_made_is_refused(folder: Path, t
 
     with pytest.raises(ValueError, match="beta: PCR arbitrates between reward and KL"):
         train(PCRTrainer, Late, folder, tmp_path)
+
+
+class OffPolicy(PCRTrainer):
+    """Responses that another policy has sampled."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        output = super()._generate_and_score_completions(inputs)
+        reference = output["ref_per_token_logps"]
+        noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(2))
+        return {**output, "old_per_token_logps": reference + 0.3 * noise}
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("corrected", "kl"), [(None, "k3_ratio"), (True, "k3_ratio"), (False, "k3")])
+def test_both_routes_have_the_same_streams(
+    corrected: bool | None, kl: Any, level: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's KL is k3 times the ratio unless it is asked not to be, and `grpo_objective` has either."""
+    given = []
+    accumulate = PCR.accumulate_cotangents
+
+    def recorded(self: PCR, logp: Tensor, plasticity: Tensor, stability: Tensor, *, group_ids: Tensor) -> None:
+        given.append((logp.detach().clone(), plasticity.clone(), stability.clone()))
+        accumulate(self, logp, plasticity, stability, group_ids=group_ids)
+
+    monkeypatch.setattr(PCR, "accumulate_cotangents", recorded)
+    options: dict[str, Any] = {"loss_type": "grpo", "importance_sampling_level": level, "reference_noise": 0.3}
+    if corrected is not None:
+        options["use_bias_correction_kl"] = corrected
+    trainer, _ = train(OffPolicy, PCRConfig, folder, tmp_path, max_steps=1, **options)
+    ((logp, plasticity, stability),), batch = given, trainer._buffered_inputs[0]
+    objective = pcr_core.grpo_objective(
+        logp,
+        batch["old_per_token_logps"],
+        batch["ref_per_token_logps"],
+        batch["advantages"],
+        batch["completion_mask"],
+        beta=0.1,
+        importance=level,
+        kl=kl,
+    )
+    for got, expected in ((objective.plasticity_cotangent, plasticity), (objective.stability_cotangent, stability)):
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+    logged = trainer.state.log_history[0]
+    assert float(objective.kl) == pytest.approx(logged["kl"], rel=1e-5)

@@ -57,6 +57,11 @@ class JaxEngine:
         os.environ["NPROC"] = str(threads or 1)
 
     @staticmethod
+    def damaged(checkpoint: Path) -> Path | None:
+        """orbax checks what it reads, and names it."""
+        return None
+
+    @staticmethod
     def is_complete(checkpoint: Path) -> bool:
         return files.is_complete(checkpoint)
 

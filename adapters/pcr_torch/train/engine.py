@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from pcr_torch.checkpoints import damaged
 from pcr_torch.train import models
 from pcr_torch.train.answers import measuring, respond, text_nll
 from pcr_torch.train.scoring import completions_only
@@ -50,6 +51,10 @@ class TorchEngine:
         except (OSError, ValueError):
             return False
         return True
+
+    @staticmethod
+    def damaged(checkpoint: Path) -> Path | None:
+        return damaged(checkpoint)
 
     def respond(self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
         with measuring(self.model, seed):

@@ -60,7 +60,7 @@ def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:
         logging_steps=1,
         save_strategy="steps",
         save_steps=settings.save_every,
-        save_total_limit=1,
+        save_total_limit=2,  # should the newest turn out to be damaged
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),

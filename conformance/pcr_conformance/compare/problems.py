@@ -17,8 +17,12 @@ REGIMES: dict[str, float] = {
     "one huge coordinate": -0.3,
 }
 
-#: name: spread of logp_ref - logp, in nats
-TOKEN_REGIMES: dict[str, float] = {"tokens off policy": 0.5, "tokens near the reference": 1e-3}
+#: name: spread of logp_ref - logp, in nats, and which estimate of the KL
+TOKEN_REGIMES: dict[str, tuple[float, str]] = {
+    "tokens off policy": (0.5, "k3"),
+    "tokens near the reference": (1e-3, "k3"),
+    "tokens with the ratio in the KL": (0.5, "k3_ratio"),
+}
 
 
 def problem(regime: str, size: int, seed: int) -> Case:
@@ -55,7 +59,9 @@ def tokens(regime: str, size: int, seed: int) -> ObjectiveCase:
     rng = np.random.default_rng([seed, size, len(REGIMES) + list(TOKEN_REGIMES).index(regime)])
     logp = -rng.exponential(size=(4, length))
     logp_old = logp + 0.1 * rng.standard_normal((4, length))
-    logp_ref = logp + TOKEN_REGIMES[regime] * rng.standard_normal((4, length))
+    spread, kl = TOKEN_REGIMES[regime]
+    logp_ref = logp + spread * rng.standard_normal((4, length))
     lengths = np.maximum(length * np.asarray([4, 3, 2, 4]) // 4, 1)
     mask = np.arange(length)[None, :] < lengths[:, None]
-    return ObjectiveCase(logp, logp_old, logp_ref, np.asarray([1.2, -0.7, 0.3, -0.8]), mask, beta=0.04, regime=regime)
+    advantages = np.asarray([1.2, -0.7, 0.3, -0.8])
+    return ObjectiveCase(logp, logp_old, logp_ref, advantages, mask, beta=0.04, kl=kl, regime=regime)

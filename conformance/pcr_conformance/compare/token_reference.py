@@ -23,7 +23,10 @@ def as_seen(adapter: Adapter, case: ObjectiveCase, dtype: str) -> ObjectiveCase:
 
 
 def cotangents(case: ObjectiveCase) -> tuple[Floats, Floats]:
-    """-A rho [passes the clip] norm and -beta expm1(gap) norm, for token ratios and GRPO's normalisation."""
+    """-A rho [passes the clip] norm, and -beta expm1(gap) norm or with the ratio in the KL -beta rho gap norm.
+
+    For token ratios and GRPO's normalisation.
+    """
     if (case.importance, case.normalization, case.normalizer) != ("token", "grpo", None):
         raise ValueError("the reference knows token ratios with normalization='grpo' alone")
     plasticity, stability = np.zeros((2, *case.logp.shape))
@@ -34,5 +37,6 @@ def cotangents(case: ObjectiveCase) -> tuple[Floats, Floats]:
         ratio, advantage = np.exp(logp - old), np.longdouble(case.advantages[i])
         stopped = (ratio > 1 + case.clip[1]) if advantage > 0 else (ratio < 1 - case.clip[0])
         plasticity[i, where] = np.where(stopped, 0, -advantage * ratio * norm)
-        stability[i, where] = -np.longdouble(case.beta) * np.expm1(ref - logp) * norm
+        pull = ratio * (ref - logp) if case.kl == "k3_ratio" else np.expm1(ref - logp)
+        stability[i, where] = -np.longdouble(case.beta) * pull * norm
     return plasticity, stability

@@ -15,6 +15,7 @@ from pcr_conformance.laws.exact import (
 from pcr_conformance.laws.numerics import (
     compiled_equals_eager,
     dtype_and_device_come_back,
+    finite_tells_what_is_written,
     in_place_equals_out_of_place,
     non_finite_is_never_hidden,
     overflow_is_flagged,
@@ -30,6 +31,7 @@ from pcr_conformance.laws.projection import (
     boost_is_capped,
     conflict_keeps_its_fraction,
     no_conflict_is_the_plain_sum,
+    one_stream_absent_is_the_plain_sum,
     projection_never_lengthens,
 )
 from pcr_conformance.laws.symmetry import (
@@ -48,6 +50,7 @@ __all__ = [
     "conflict_keeps_its_fraction",
     "cotangents_equal_autodiff",
     "dtype_and_device_come_back",
+    "finite_tells_what_is_written",
     "float64_keeps_its_digits",
     "in_place_equals_out_of_place",
     "long_sums_stay_accurate",
@@ -55,6 +58,7 @@ __all__ = [
     "no_conflict_is_the_plain_sum",
     "non_finite_is_never_hidden",
     "objective_is_exact",
+    "one_stream_absent_is_the_plain_sum",
     "order_does_not_matter",
     "overflow_is_flagged",
     "projection_never_lengthens",

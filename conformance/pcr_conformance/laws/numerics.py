@@ -76,6 +76,22 @@ def non_finite_is_never_hidden(
             same_bits(law, f"statistics of block {i}", hurt.statistics.dot[i], clean.statistics.dot[i])
 
 
+def finite_tells_what_is_written(adapter: Adapter, case: Case, dtype: str, rule: Rule) -> None:
+    """Law 11: an update beyond its dtype, of contributions that are within and sums that are finite, is flagged."""
+    p = np.array(case.plasticity)
+    first = case.blocks()[0]
+    p[:, first] = 0.6 * _LARGEST[dtype]
+    res = adapter.resolve(case.with_(plasticity=p), rule, dtype)
+    law = f"law 11 (what is written), {rule}"
+    assert not np.isfinite(res.update[first]).any(), f"{law}: {res.update[first]} is finite"
+    for i, block in enumerate(case.blocks()):
+        written = bool(np.isfinite(res.update[block]).all())
+        assert bool(res.weights.finite[i]) == written, f"{law}, block {i}: flagged {not written} of {res.update[block]}"
+
+
+_LARGEST = {"float64": 2.0**1023, "float32": 2.0**127, "bfloat16": 2.0**127, "float16": 2.0**15}
+
+
 def overflow_is_flagged(adapter: Adapter, case: Case, dtype: str, rule: Rule) -> None:
     """Law 11: contributions whose squares leave the accumulator's range do not come out as plausible numbers."""
     # in place the totals are float32 gradients and their products may be wider: then it is the totals that overflow

@@ -22,7 +22,7 @@ def cotangents_equal_autodiff(adapter: Adapter, case: ObjectiveCase, dtype: str)
     derivatives = adapter.autodiff(case, dtype)
     assert derivatives is not None, f"{adapter.name} has no automatic differentiation"
     got, allowed = adapter.objective(case, dtype), bounds(case, dtype)
-    law = f"law 9 (autodiff), {case.normalization}, {case.importance}"
+    law = f"law 9 (autodiff), {case.normalization}, {case.importance}, {case.kl}"
     for name, derivative, off in (
         ("plasticity_cotangent", derivatives[0], allowed.plasticity_derivative),
         ("stability_cotangent", derivatives[1], allowed.stability_derivative),
@@ -36,7 +36,7 @@ def objective_is_exact(adapter: Adapter, case: ObjectiveCase, dtype: str) -> Non
     if not clear_of_kinks(case):
         return
     got, expected, allowed = adapter.objective(case, dtype), oracle_objective.objective(case), bounds(case, dtype)
-    law = f"objective, {case.normalization}, {case.importance}"
+    law = f"objective, {case.normalization}, {case.importance}, {case.kl}"
     for f in fields(oracle_objective.Reference):
         # the reference's own derivatives are good to 1e-30
         close(law, f.name, getattr(got, f.name), getattr(expected, f.name), getattr(allowed, f.name) + 1e-30)

@@ -30,6 +30,23 @@ def no_conflict_is_the_plain_sum(adapter: Adapter, case: Case, dtype: str, rule:
             same_bits(law, "update", res.update[block], plain.update[block])
 
 
+def one_stream_absent_is_the_plain_sum(
+    adapter: Adapter, case: Case, dtype: str, rule: Rule, stream: str, cancelling: bool
+) -> None:
+    """Law 12: where P or S is zero, or adds up to zero, every rule is the plain sum; rules without S keep to P."""
+    signs = np.where(np.arange(len(case.plasticity)) % 2 == 0, 1.0, -1.0)
+    signs[len(signs) // 2 * 2 :] = 0
+    rows = signs[:, None] * getattr(case, stream)[:1] if cancelling else np.zeros_like(case.plasticity)
+    case = case.with_(**{stream: rows})
+    without = isinstance(rule, pcr_core.NoAnchor) or getattr(rule, "update", "anchored") == "literal"
+    res = adapter.resolve(case, rule, dtype)
+    plain = adapter.resolve(case, pcr_core.NoAnchor() if without else pcr_core.GRPO(), dtype)
+    law = f"law 12 (one stream absent), {rule}, {stream} {'cancels' if cancelling else 'is zero'}"
+    same_bits(law, "update", res.update, plain.update)
+    same_bits(law, "plasticity weight", res.weights.plasticity, np.ones(len(case.sizes)))
+    same_bits(law, "removed", res.weights.removed, np.zeros(len(case.sizes)))
+
+
 def alpha_is_a_fraction(adapter: Adapter, case: Case, dtype: str, kind: str) -> None:
     """Law 2: alpha lies in [0, 1], grows with V_p, falls with V_s, and swapping the streams gives 1 - alpha."""
     rule = pcr_core.PCR(alpha=kind)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -136,9 +136,12 @@ class ResolveAdapter(JaxAdapter):
             kept = all(x.sharding.is_equivalent_to(y, x.ndim) for x, y in zip(update.values(), layouts))
             whole = np.concatenate([np.asarray(update[k]) for k in sorted(update)])
             rounded = self.from_numpy(whole, dtype)
+            weights = Weights(*(self.to_numpy(getattr(report.weights, f.name)) for f in fields(Weights)))
+            # the update is rounded here, so it is judged here
+            written = [bool(np.isfinite(self.to_numpy(rounded)[b]).all()) for b in case.blocks()]
             return Resolved(
                 self.to_numpy(rounded),
-                Weights(*(self.to_numpy(getattr(report.weights, f.name)) for f in fields(Weights))),
+                replace(weights, finite=weights.finite & np.asarray(written)),
                 BlockStatistics(*(self.to_numpy(getattr(report.statistics, f.name)) for f in fields(BlockStatistics))),
                 self.dtype_of(rounded),
                 self.device_of(rounded),

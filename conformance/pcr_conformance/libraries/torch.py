@@ -105,22 +105,25 @@ class InPlaceAdapter(TorchAdapter):
         return BlockStatistics(*(self.to_numpy(getattr(stats, f.name)) for f in fields(stats)))
 
     def resolve(self, case: Case, rule: Rule, dtype: str) -> Resolved:
-        from pcr_torch.combine import add_combination
+        from pcr_torch.combine import add_combination, longest
 
         totals, stats = self._statistics(case, dtype)
         weights = rule(stats)
-        parts, reused = [], []
+        bounds = longest(weights, stats).tolist()
+        parts, reused, written = [], [], []
         for i, (p, s) in enumerate(totals):
             a, b = float(weights.plasticity[i]), float(weights.stability[i])
             if self.plain is None:
                 parts.append(a * p + b * s)
+                written.append(bool(parts[-1].isfinite().all()))
                 continue
             where = p.data_ptr()
             parameter = self.torch.nn.Parameter(self.torch.zeros_like(p))
-            add_combination(parameter, p, s, a, b)
+            written.append(add_combination(parameter, p, s, a, b, bounds[i]))
             parts.append(parameter.grad)
             reused.append(parameter.grad.data_ptr() == where)
         update = self.torch.cat(parts)
+        weights = replace(weights, finite=weights.finite & self.torch.tensor(written))
         return Resolved(
             self.to_numpy(update),
             Weights(*(self.to_numpy(getattr(weights, f.name)) for f in fields(weights))),
