@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 
 def digests(model: Any) -> dict[str, str] | None:
-    """Of every parameter that training may have changed, by name; None of a sharded model, which is loaded by shards."""
+    """Of every parameter that training may have changed, by name; None of a sharded model, loaded by shards."""
     parameters = dict(model.named_parameters())
     if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         return None

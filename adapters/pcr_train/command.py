@@ -96,6 +96,9 @@ def run(
     granularity: Annotated[
         str | None, typer.Option(help="One block per tensor, module, layer, or global. [tensor]")
     ] = None,
+    norms: Annotated[
+        str | None, typer.Option(help="How noise is measured: auto, fast, or loop (one pass a response). [auto]")
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="KL coefficient, > 0. [0.04]")] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Of Adam, constant. [4e-6; tiny 3e-4]")
@@ -141,6 +144,7 @@ def run(
         "conflict": conflict,
         "blocks": blocks,
         "granularity": granularity,
+        "norms": norms,
         "beta": beta,
         "learning_rate": learning_rate,
         "steps": steps,

@@ -14,6 +14,7 @@ EXTENDABLE = ("steps", "save_every")
 """Settings that may differ on --resume: they do not change the steps already taken."""
 
 FRAMEWORKS = ("torch", "jax")
+NORMS = ("auto", "fast", "loop")
 PRECISIONS = ("float32", "bfloat16")
 
 RULE_OPTIONS = ("alpha", "max_boost", "prior", "discount", "update", "gate", "conflict")
@@ -33,6 +34,7 @@ class Settings:
             `max_boost`, `prior`, `discount`, `update`, `gate`, `conflict`; None leaves the rule's own default.
         blocks: "mlp", "all" or a regular expression: the parameters that the rule acts on.
         granularity: "tensor", "module", "layer" or "global".
+        norms: how per-response norms are measured: "auto", "fast" or "loop", see `pcr_torch.PCR`.
         beta: coefficient of the KL divergence to the starting model; > 0.
         learning_rate: of Adam, constant.
         steps: optimizer steps.
@@ -65,6 +67,7 @@ class Settings:
     conflict: str | None = None
     blocks: str = "mlp"
     granularity: str = "tensor"
+    norms: str = "auto"
     beta: float = 0.04
     learning_rate: float = 4e-6
     steps: int = 12
@@ -87,8 +90,12 @@ class Settings:
         module, sign, name = self.rule.partition(":")
         if self.rule not in RULES and not (module and sign and name):
             raise ValueError(f"--rule: expected one of {', '.join(RULES)} or module:name, got {self.rule!r}")
-        if self.rule in RULES:
+        try:
             self.make_rule()
+        except ImportError as error:
+            raise ValueError(f"--rule: {module} cannot be imported: {error}") from error
+        if self.norms not in NORMS:
+            raise ValueError(f"--norms: expected one of {', '.join(NORMS)}, got {self.norms!r}")
         if not self.model:
             raise ValueError("--model: it is empty; expected smollm2, tiny, a local folder, or a hub id")
         if not 0 <= self.seed < 1 << 32:

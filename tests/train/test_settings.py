@@ -52,3 +52,14 @@ def test_differences_leave_out_what_may_change():
     settings = Settings()
     assert settings.differences(replace(settings, steps=99, save_every=1)) == []
     assert settings.differences(replace(settings, beta=0.5, seed=2)) == ["beta", "seed"]
+
+
+def test_a_rule_whose_module_does_not_exist_is_named_with_its_option() -> None:
+    with pytest.raises(ValueError, match=r"--rule: no_such_module cannot be imported: No module named"):
+        Settings(rule="no_such_module:Rule")
+
+
+def test_ways_to_measure_noise() -> None:
+    assert Settings(norms="loop").norms == "loop"
+    with pytest.raises(ValueError, match="--norms: expected one of auto, fast, loop"):
+        Settings(norms="ghost")

@@ -43,6 +43,8 @@ def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:
         **rule,
         blocks=settings.blocks,
         granularity=settings.granularity,
+        norms=settings.norms,
+        router_aux_loss_coef=0.0,  # a mixture of experts adds it by default, and it belongs to neither stream
         beta=settings.beta,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
