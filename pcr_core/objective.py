@@ -182,10 +182,11 @@ def grpo_objective(
             of responses (grpo), of tokens (dapo, bnpo), or responses x longest allowed response (dr_grpo). With one
             micro-batch dapo and bnpo agree; dapo is bnpo with the whole batch's token count passed here. Finite, > 0;
             a number, or an array that holds one.
-        kl: "k3", whose gradient estimates that of the KL while the responses are the policy's own; or "k3_ratio", k3
-            times the ratio of `importance`, unclipped and differentiated, whose gradient does so off policy too (token
-            ratios). It is TRL's `use_bias_correction_kl`, on by default there. On policy both losses are the same and
-            their derivatives are not: 1 - exp(l) against -l, with l = logp_ref - logp.
+        kl: "k3", whose value estimates the KL where the responses are the policy's own (its gradient is that of
+            KL(reference || policy) there); or "k3_ratio", k3 times the ratio of `importance`, unclipped and
+            differentiated: with token ratios its value and gradient are unbiased, off policy too. The second is TRL's
+            `use_bias_correction_kl`, on by default there. On policy both values agree and the derivatives do not:
+            1 - exp(l) against -l, with l = logp_ref - logp.
 
     Returns:
         An Objective. float32 inputs compute in float32, half precision is widened to float32 first.
