@@ -1,12 +1,14 @@
 """Which parameters PCR acts on, and how they are grouped into blocks.
 
-"mlp" goes by the structure of the model, not by a list of architectures: in every layer (element of the outermost
-`nn.ModuleList`), each trainable matrix that does not lie inside attention, a router or a norm. That finds gate_proj,
+"mlp" goes by the structure of the model, not by a list of architectures: in every layer of the language model (element
+of the outermost `nn.ModuleList`, not of a vision or audio tower), each trainable matrix that does not lie inside
+attention, a router, a norm, a convolution, a state-space mixer or a side path. That finds gate_proj,
 up_proj, down_proj (Llama, Qwen, Mistral), c_fc, c_proj (GPT-2), fc1, fc2 (OPT), and LoRA's A and B inside them.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +21,21 @@ from pcr_core._selection import selects
 Granularity = Literal["tensor", "module", "layer", "global"]
 Selector: TypeAlias = str | Callable[[str, nn.Parameter], bool | str | None]
 
-_NOT_MLP = re.compile(r"attn|attention|mixer|mamba|ssm|norm|embed|rotary", re.IGNORECASE)
-_ROUTER = re.compile(r"^(gate|router|shared_expert_gate)$")
+# Whole words of attributes and class names: "SeedOssMLP" is seed, oss, mlp. The first kind that fits decides.
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_TOWER = {"vision", "visual", "image", "images", "audio", "speech", "video", "tower", "projector", "connector", "vit"}
+_RECURRENT = "state space or recurrence"
+_NOT_MLP = {
+    "attention": {"attn", "attention", "rotary"},
+    "norm": {"norm", "layernorm", "rmsnorm", "ln"},
+    "embedding": {"embed", "embedding", "embeddings", "embedder"},
+    "convolution": {"conv", "convolution", "shortconv", "conv1d"},
+    _RECURRENT: {"mamba", "mamba2", "ssm", "rglru", "recurrent", "deltanet", "rwkv"},
+    "side path of a layer": {"altup", "laurel", "hyperconnection"},
+}
+_MLP = {"mlp", "ffn", "ffw", "feedforward", "moe", "experts", "expert"}
+_SIDE = re.compile(r"^per_layer_|^(hc|hyper)_")  # inputs that a layer takes besides the residual stream
+_ROUTER = re.compile(r"^(gate|router|shared_expert_gate|block_sparse_moe_gate|gate_weight)$")
 _ADAPTER = re.compile(r"^lora_")
 
 
@@ -49,6 +64,7 @@ class _Place:
     layer_path: str | None
     layer: int | None
     inside: tuple[tuple[str, str], ...]  # (attribute, class) of the modules below the layer, or below the model
+    above: tuple[tuple[str, str], ...] = ()  # of those above the layer
 
 
 def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granularity = "tensor") -> tuple[Block, ...]:
@@ -76,7 +92,7 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
     frozen: list[str] = []
     for name, parameter in model.named_parameters():
         place = _place(model, name)
-        label = selects(blocks, name, parameter, _is_mlp(parameter, place))
+        label = selects(blocks, name, parameter, _left_out(name, parameter, place) is None)
         if label is False:
             continue
         if not parameter.requires_grad:
@@ -89,10 +105,78 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
     return tuple(_block(key, members) for key, members in chosen.items())
 
 
-def _is_mlp(parameter: nn.Parameter, place: _Place) -> bool:
-    if place.layer is None or parameter.ndim < 2:
-        return False
-    return not any(_NOT_MLP.search(attr) or _NOT_MLP.search(kind) or _ROUTER.match(attr) for attr, kind in place.inside)
+def _left_out(name: str, parameter: nn.Parameter, place: _Place) -> str | None:
+    """Why "mlp" leaves a parameter out; None where it does not."""
+    if sum(size > 1 for size in parameter.shape) < 2 or "bias" in _words(name.rpartition(".")[2]):
+        return "vector"
+    for attribute, kind in (*place.above, *place.inside):
+        of_class = _words(kind)
+        encodes = of_class & {"vision", "audio"} and of_class & {"encoder", "tower", "model", "transformer"}
+        if _words(attribute) & _TOWER or encodes:
+            return "not of the language model"
+    if place.layer is None:
+        return "outside the layers"
+    parts = [*place.inside, (name.rpartition(".")[2], "")]
+    for attribute, kind in reversed(parts):  # the innermost module that tells decides
+        of_class, of_name = frozenset() if kind == "Conv1D" else _words(kind), _words(attribute)  # GPT-2's linear layer
+        if _ROUTER.match(attribute) or "router" in of_name | of_class:
+            return "router"
+        if _SIDE.match(attribute):
+            return "side path of a layer"
+        sure = of_class & _MLP - {"moe"}  # moe is part of models' names
+        for why, words in _NOT_MLP.items():
+            if of_class & words and not (sure and why == _RECURRENT):  # as mamba and recurrent are
+                return why
+        if sure:  # whatever its attribute is called: Nemotron-H has MLPs named mixer
+            return None
+        for why, words in _NOT_MLP.items():
+            if of_name & words:
+                return why
+        if of_name & _MLP:
+            return None
+        if "mixer" in of_name | of_class:
+            return "mixer"
+    return None
+
+
+def _words(name: str) -> frozenset[str]:
+    parts = [part.lower() for part in _WORD.findall(name)]
+    joined = {a + b for a, b in itertools.pairwise(parts)}  # feed_forward, FeedForward, delta_net, conv_1d
+    return frozenset(parts) | joined
+
+
+def describe_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granularity = "tensor") -> str:
+    """A table of a model's matrices: how many are chosen, and why others are left out; a line for each kind.
+
+    Example:
+        >>> print(describe_blocks(nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False)), "^0"))
+        parameters  tensors  shape  blocks
+        0.weight    1        3x2    chosen
+        1.weight    1        1x3    left out: '^0' does not match
+    """
+    chosen = {name for block in select_blocks(model, blocks, granularity) for name in block.parameters}
+    rows: dict[tuple[str, str, str], int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 and name not in chosen:
+            continue
+        why = "chosen"
+        if name not in chosen:
+            reason = (
+                f"{blocks!r} does not match" if blocks != "mlp" else _left_out(name, parameter, _place(model, name))
+            )
+            why = "left out: " + ("frozen" if not parameter.requires_grad and reason is None else str(reason))
+        place = _place(model, name)
+        kind = name if place.layer is None else name.replace(f".{place.layer}.", ".*.", 1)
+        key = (
+            re.sub(r"\.\d+(?=\.)", ".*", kind) if place.layer is not None else kind,
+            "x".join(map(str, parameter.shape)),
+            why,
+        )
+        rows[key] = rows.get(key, 0) + 1
+    table = [("parameters", "tensors", "shape", "blocks")]
+    table += [(kind, str(count), shape, why) for (kind, shape, why), count in rows.items()]
+    widths = [max(len(row[k]) for row in table) for k in range(3)]
+    return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[3]]) for row in table)
 
 
 def _place(model: nn.Module, name: str) -> _Place:
@@ -100,14 +184,15 @@ def _place(model: nn.Module, name: str) -> _Place:
     layer_path: str | None = None
     layer: int | None = None
     inside: list[tuple[str, str]] = []
+    above: list[tuple[str, str]] = []
     parent: nn.Module = model
     for path, attribute, module in _walk(model, owner):
         if layer is None and isinstance(parent, nn.ModuleList) and attribute.isdigit():
-            layer_path, layer, inside = path, int(attribute), []
+            layer_path, layer, above, inside = path, int(attribute), inside, []
         else:
             inside.append((attribute, type(module).__name__))
         parent = module
-    return _Place(owner, layer_path, layer, tuple(inside))
+    return _Place(owner, layer_path, layer, tuple(inside), tuple(above))
 
 
 def _walk(model: nn.Module, path: str) -> Iterator[tuple[str, str, nn.Module]]:
@@ -148,18 +233,36 @@ def _family(name: str) -> str:
 
 
 def _nothing(model: nn.Module, blocks: Selector, frozen: list[str]) -> str:
-    if frozen:
-        return (
-            f"blocks: every parameter that {blocks!r} matches is frozen, such as {frozen[0]}; "
-            "set requires_grad, or choose the adapter's parameters"
-        )
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    some = ", ".join(names[:: max(1, len(names) // 4)][:5]) or "none"
     lora = any(_ADAPTER.match(part) for name in names for part in name.split("."))
     if blocks == "mlp" and lora:
         return (
             "blocks: 'mlp' matches no trainable parameter, since the LoRA adapters lie outside the MLPs, such as "
             f"{names[0]}. Give blocks='lora_' for all adapters, or adapt the MLPs (target_modules)"
         )
-    hint = " 'mlp' needs layers in an nn.ModuleList; give a regular expression instead." if blocks == "mlp" else ""
+    if frozen:
+        return (
+            f"blocks: every parameter that {blocks!r} matches is frozen, such as {frozen[0]}; "
+            "set requires_grad, or choose the adapter's parameters"
+        )
+    some = ", ".join(names[:: max(1, len(names) // 4)][:5]) or "none"
+    hint = ""
+    if blocks == "mlp":
+        layers = {place.layer_path for place in (_place(model, name) for name in names) if place.layer is not None}
+        hint = (
+            f" Its {len(layers)} layers have no MLP that is told by its structure; a regular expression can say what "
+            "to take."
+            if layers
+            else " 'mlp' needs layers in an nn.ModuleList; give a regular expression instead."
+        )
+        matrices = sorted({_family(name) for name in names if _in_layers(model, name)})
+        if matrices:
+            hint += (
+                f" In the layers there are matrices called {', '.join(matrices[:8])}: such as blocks='{matrices[0]}'."
+            )
     return f"blocks: {blocks!r} matches no trainable parameter.{hint} Trainable parameters include: {some}"
+
+
+def _in_layers(model: nn.Module, name: str) -> bool:
+    parameter, place = model.get_parameter(name), _place(model, name)
+    return place.layer is not None and _left_out(name, parameter, place) not in ("vector", "norm", None)

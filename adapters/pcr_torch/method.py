@@ -17,7 +17,7 @@ import pcr_core
 from pcr_core import FlatPrior, Objective, Rule, Scatter, TemporalPrior
 from pcr_core.statistics import Strata
 from pcr_torch.batch import check_batch
-from pcr_torch.blocks import Granularity, Selector, select_blocks
+from pcr_torch.blocks import Granularity, Selector, describe_blocks, select_blocks
 from pcr_torch.combine import add_combination, longest
 from pcr_torch.distributed import average, local, unwrap
 from pcr_torch.parameters import check_parameters
@@ -122,6 +122,7 @@ class PCR:
         self._ddp = model if isinstance(model, DistributedDataParallel) else None
         self.rule = rule
         self.strata = strata
+        self._selector, self._granularity = blocks, granularity
         self.blocks = select_blocks(self.model, blocks, granularity)
         named = dict(self.model.named_parameters())
         self._parameters = {name: named[name] for block in self.blocks for name in block.parameters}
@@ -384,6 +385,10 @@ class PCR:
         if self._recorder is None and not self._looped:
             return dict.fromkeys(self._parameters, "loop: norms='loop'")
         return {name: f"loop: {self._looped[name]}" if name in self._looped else "fast" for name in self._parameters}
+
+    def describe(self) -> str:
+        """A table of the model's matrices: which are in blocks, and why others are not; see `describe_blocks`."""
+        return describe_blocks(self.model, self._selector, self._granularity)
 
     @property
     def norms(self) -> Literal["fast", "loop", "mixed"]:
