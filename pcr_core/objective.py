@@ -96,10 +96,10 @@ def group_advantages(
     r = at_least_float32(xp, r)
     centred = _centred(xp, r, same)
     if scale == "group":
-        centred = _over(xp, centred, _deviation(xp, centred, same) + _like(xp, margin, r))
+        centred = _over(xp, centred, _deviation(xp, centred, same) + _like(xp, "eps", margin, r))
     elif scale == "batch":
         whole = xp.ones_like(same)
-        centred = _over(xp, centred, _deviation(xp, _centred(xp, r, whole), whole) + _like(xp, margin, r))
+        centred = _over(xp, centred, _deviation(xp, _centred(xp, r, whole), whole) + _like(xp, "eps", margin, r))
     advantages: ArrayT = xp.astype(centred, out)
     return advantages
 
@@ -133,11 +133,12 @@ def _over(xp: Any, x: Any, divisor: Any) -> Any:
     return xp.where(nothing, x, x / xp.where(nothing, xp.ones_like(divisor), divisor))
 
 
-def _like(xp: Any, number: Any, x: Any) -> Any:
+def _like(xp: Any, name: str, number: Any, x: Any) -> Any:
     """A float as it is, a () array in x's dtype; it may lie on the CPU, beside x on an accelerator."""
     if isinstance(number, float):
         return number
-    array_api_compat.array_namespace(x, number)  # TypeError of two libraries
+    if array_api_compat.array_namespace(number) is not array_api_compat.array_namespace(x):
+        raise TypeError(f"{name}: expected a number, or an array of the others' library, got {type(number).__module__}")
     return xp.astype(number, x.dtype)
 
 
@@ -220,7 +221,8 @@ def grpo_objective(
     lp, old, ref = (_masked(xp, keep, x) for x in (lp, logp_old, logp_ref))
     dtype = lp.dtype
     advantage = xp.astype(advantages, dtype)[:, None]
-    beta, normalizer = _like(xp, beta, lp), None if normalizer is None else _like(xp, normalizer, lp)
+    beta = _like(xp, "beta", beta, lp)
+    normalizer = None if normalizer is None else _like(xp, "normalizer", normalizer, lp)
     norm, tokens = _normalization(xp, token, normalization, normalizer)
 
     count = _at_least_one(xp, xp.sum(token))  # of response tokens; `tokens` counts one for a response without any
@@ -263,6 +265,8 @@ def grpo_objective(
 
 def _response_tokens(xp: Any, mask: Any, dtype: Any) -> tuple[Any, Any]:
     """(n, T) which entries are response tokens, and the same as 0 and 1; NaN where a traced mask holds neither."""
+    if str(mask.dtype) == "bfloat16":  # of ml_dtypes, which NumPy does not know
+        mask = xp.astype(mask, xp.float32)
     if xp.isdtype(mask.dtype, "bool"):
         return mask, xp.astype(mask, dtype)
     if not xp.isdtype(mask.dtype, ("integral", "real floating")):

@@ -87,6 +87,8 @@ def test_mixed_libraries() -> None:
         pcr.resolve(torch.asarray(P), P, group_ids=torch.asarray(IDS))  # type: ignore[misc]
     with pytest.raises(TypeError, match="one library"):
         pcr.grpo_objective(**{**GOOD, "logp_ref": torch.asarray(LOGP)})
+    with pytest.raises(TypeError, match=r"normalizer: .* library, got torch"):
+        pcr.grpo_objective(**{**GOOD, "normalizer": torch.tensor(4.0)})
 
 
 def test_mixed_devices() -> None:
