@@ -48,12 +48,14 @@ class Block:
         layer: index of the layer it lies in, None outside layers and for "global".
         family: kind of module, the same in every layer, such as "gate_proj" or "gate_proj.lora_A".
         parameters: names as in `model.named_parameters()`.
+        stack: path of the list that its layer is in; None outside layers and where there are several.
     """
 
     name: str
     layer: int | None
     family: str
     parameters: tuple[str, ...]
+    stack: str | None = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,10 @@ def _block(key: str, members: list[tuple[str, _Place]]) -> Block:
     else:
         stem = re.sub(r"^.*\.\d+(\.|$)", "", key)
         family = stem or ("layer" if len(layers) == 1 else key)
-    return Block(key, layers.pop() if len(layers) == 1 else None, family, tuple(name for name, _ in members))
+    stacks = {None if place.layer_path is None else place.layer_path.rpartition(".")[0] for _, place in members}
+    layer = layers.pop() if len(layers) == 1 else None
+    stack = stacks.pop() if len(stacks) == 1 else None
+    return Block(key, layer, family, tuple(name for name, _ in members), stack)
 
 
 def _family(name: str) -> str:
@@ -257,9 +262,8 @@ def _nothing(model: nn.Module, blocks: Selector, frozen: list[str]) -> str:
         )
         matrices = sorted({_family(name) for name in names if _in_layers(model, name)})
         if matrices:
-            hint += (
-                f" In the layers there are matrices called {', '.join(matrices[:8])}: such as blocks='{matrices[0]}'."
-            )
+            some_of_them = "|".join([name for name in matrices if name.endswith("_proj")][:2] or matrices[:1])
+            hint += f" Their matrices are called {', '.join(matrices[:8])}; for example blocks={some_of_them!r}."
     return f"blocks: {blocks!r} matches no trainable parameter.{hint} Trainable parameters include: {some}"
 
 

@@ -59,12 +59,17 @@ class Report:
         return summary(self.weights, self.statistics, slice(None), prefix)
 
     def layer_metrics(self, prefix: str = "pcr/") -> dict[str, float]:
-        """The same per layer, with keys such as `pcr/layer_03/cosine`; blocks outside layers are left out."""
-        layers = sorted({block.layer for block in self.blocks if block.layer is not None})
+        """The same per layer, with keys such as `pcr/layer_03/cosine`; blocks outside layers are left out.
+
+        Of a model with several stacks of layers, such as a vision tower: `pcr/visual.blocks/layer_03/cosine`.
+        """
+        layers = sorted({(block.stack or "", block.layer) for block in self.blocks if block.layer is not None})
+        several = len({stack for stack, _ in layers}) > 1
         out: dict[str, float] = {}
-        for layer in layers:
-            rows = torch.tensor([i for i, block in enumerate(self.blocks) if block.layer == layer])
-            out |= summary(self.weights, self.statistics, rows, f"{prefix}layer_{layer:02d}/")
+        for stack, layer in layers:
+            here = [i for i, b in enumerate(self.blocks) if b.layer == layer and (b.stack or "") == stack]
+            where = f"{stack}/layer_{layer:02d}/" if several else f"layer_{layer:02d}/"
+            out |= summary(self.weights, self.statistics, torch.tensor(here), prefix + where)
         return out
 
 

@@ -91,7 +91,8 @@ def run(
     gate: Annotated[str | None, typer.Option(help="sign or probability of a conflict. [sign]")] = None,
     conflict: Annotated[str | None, typer.Option(help="raw, or debiased of the shared noise. [raw]")] = None,
     blocks: Annotated[
-        str | None, typer.Option(help="Parameters under the rule: mlp, all, or a regular expression. [mlp]")
+        str | None,
+        typer.Option(help="Parameters under the rule: mlp, all, or a regular expression; list prints them. [mlp]"),
     ] = None,
     granularity: Annotated[
         str | None, typer.Option(help="One block per tensor, module, layer, or global. [tensor]")
@@ -176,6 +177,11 @@ def run(
         settings = make_settings("smollm2" if model is None else model, **given)
     else:
         settings = _resumed(resume, model, given)
+    if settings.blocks == "list":
+        kind = load_engine(settings.framework)
+        kind.check(settings)
+        console.print(kind.blocks_table(settings), highlight=False, soft_wrap=True)
+        return
     folder = resume or out or Path("runs") / _name(settings)
     _go(settings, folder, resume is not None, threads, console)
 

@@ -42,6 +42,10 @@ class Engine(Policy, Protocol):
         """ValueError for settings that this framework does not offer, naming the option and the reason."""
 
     @staticmethod
+    def blocks_table(settings: Settings) -> str:
+        """Which of the model's matrices "mlp" puts under the rule, and why it leaves others out."""
+
+    @staticmethod
     def configure(settings: Settings, threads: int | None) -> None:
         """Threads and warnings of the process, before anything is computed."""
 

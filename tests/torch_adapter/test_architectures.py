@@ -83,6 +83,8 @@ def test_towers_are_left_out_and_the_table_says_why() -> None:
 
     model = llava()
     assert all("language_model" in block.name for block in select_blocks(model))
+    stacks = {block.stack for block in select_blocks(model, r"mlp.*weight")}
+    assert stacks == {"model.language_model.layers", "model.vision_tower.encoder.layers"}
     table = describe_blocks(model).splitlines()
     assert [line.split()[1:] for line in table if "language_model" in line and "up_proj" in line] == [
         ["2", "24x16", "chosen"]

@@ -46,12 +46,18 @@ class JaxEngine:
             )
         if settings.precision != "float32":
             raise ValueError("--precision: --framework jax trains in float32; use --framework torch for bfloat16")
+        if settings.blocks == "list":
+            raise ValueError("--blocks list: not with --framework jax; see pcr_jax.select_blocks")
         if settings.norms != "auto":
             raise ValueError("--norms: --framework jax measures its one model in one way; leave it out")
         if settings.granularity == "module":
             raise ValueError(
                 "--granularity module: not with --framework jax, where a block is a tensor, a layer or global"
             )
+
+    @staticmethod
+    def blocks_table(settings: Settings) -> str:
+        raise NotImplementedError  # refused in `check`
 
     @staticmethod
     def configure(settings: Settings, threads: int | None) -> None:

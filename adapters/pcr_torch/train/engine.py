@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from pcr_torch.blocks import Granularity, describe_blocks
 from pcr_torch.checkpoints import damaged
 from pcr_torch.train import models
 from pcr_torch.train.answers import measuring, respond, text_nll
@@ -19,7 +21,7 @@ from pcr_torch.train.trainer import make_trainer
 from pcr_torch.trl import PCRTrainer
 from pcr_train.progress import block_columns
 from pcr_train.settings import Settings
-from pcr_train.tasks import Problem, Task
+from pcr_train.tasks import Problem, Task, load_task
 
 SHOWN = ("reward", "kl", "loss", "grad_norm", "learning_rate", "completions/mean_length", "completions/clipped_ratio")
 
@@ -36,6 +38,13 @@ class TorchEngine:
     @staticmethod
     def check(settings: Settings) -> None:
         """Everything in `Settings` is there."""
+
+    @staticmethod
+    def blocks_table(settings: Settings) -> str:
+        task = load_task(settings.task, settings.task_options, seed=settings.seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            model, _ = models.load(models.prepare(settings, task, Path(scratch) / "start"))
+        return describe_blocks(model, granularity=cast(Granularity, settings.granularity))
 
     @staticmethod
     def configure(settings: Settings, threads: int | None) -> None:
