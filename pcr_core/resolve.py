@@ -13,7 +13,7 @@ from typing import Any, Generic
 from pcr_core._namespace import ArrayT, common_namespace, require_floating, require_shape, widest_float
 from pcr_core.posterior import TemporalPrior
 from pcr_core.projection import Weights
-from pcr_core.rules import PCR, Rule
+from pcr_core.rules import PCR, Rule, require_rule
 from pcr_core.statistics import BlockStatistics, Strata, contribution_statistics
 
 _DEFAULT = PCR()
@@ -83,6 +83,7 @@ def resolve(
         array([-1.,  2.])
     """
     xp = common_namespace(plasticity=plasticity, stability=stability, group_ids=group_ids)
+    require_rule(rule)
     stats = contribution_statistics(
         plasticity,
         stability,

@@ -233,6 +233,12 @@ def _check_alpha(alpha: Any, named: tuple[str, ...] = ()) -> None:
     raise ValueError(f"alpha: expected {options + ' or ' if options else ''}a number in [0, 1], got {alpha!r}")
 
 
+def require_rule(rule: Any) -> None:
+    """TypeError for what is no rule, such as its name or its class."""
+    if not callable(rule) or isinstance(rule, type):
+        raise TypeError(f"rule: expected a rule such as pcr_core.PCR() or pcr_core.make_rule('pcr'), got {rule!r}")
+
+
 RULES = ("pcr", "paper", "grpo", "no_anchor", "hard", "fixed", "pcgrad", "mgda")
 PRIORS = ("flat", "shrinkage", "temporal")
 

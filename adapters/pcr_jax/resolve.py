@@ -11,6 +11,7 @@ from jax import Array
 
 import pcr_core
 from pcr_core import BlockStatistics, PriorState, Rule, Scatter, Weights
+from pcr_core.rules import require_rule
 from pcr_jax.blocks import Blocks, Selector, select_blocks
 from pcr_jax.checks import check_blocks, check_floating
 from pcr_jax.products import block_products, wide_dtype
@@ -79,8 +80,7 @@ def resolve(
         >>> update["w"].tolist(), report.weights.alpha.tolist()  # S is certain: the conflicting component goes
         ([-1.0, 2.0], [1.0])
     """
-    if not callable(rule):
-        raise TypeError(f"rule: expected a pcr_core rule such as pcr_core.PCR(), got {rule!r}")
+    require_rule(rule)
     if is_temporal(rule) and prior is None:
         raise ValueError(
             "prior: TemporalPrior keeps state; give the last report.prior, at first init_prior(params, blocks)"

@@ -16,6 +16,7 @@ import pcr_core
 from pcr_core import Objective, PriorState, Rule, Scatter
 from pcr_core._numbers import is_number
 from pcr_core.objective import KL, Importance, Normalization, batch_normalizer, check_options
+from pcr_core.rules import require_rule
 from pcr_jax.blocks import Blocks, Granularity, Selector, select_blocks
 from pcr_jax.checks import check_floating, check_mask, check_width
 from pcr_jax.pullback import LogpFn, Norms, pullback
@@ -184,6 +185,7 @@ def make_train_step(
         >>> int(state.step), report.resolution.blocks.names
         (1, ('up',))
     """
+    require_rule(rule)
     if not callable(getattr(optimizer, "update", None)):
         raise TypeError(f"optimizer: expected an optax.GradientTransformation, got {type(optimizer).__name__}")
     if not is_number(beta):

@@ -118,6 +118,8 @@ def _left_out(name: str, parameter: nn.Parameter, place: _Place) -> str | None:
             return "not of the language model"
     if place.layer is None:
         return "outside the layers"
+    if any(_words(attribute) & _NOT_MLP["side path of a layer"] for attribute, _ in place.above):
+        return "side path of a layer"
     parts = [*place.inside, (name.rpartition(".")[2], "")]
     for attribute, kind in reversed(parts):  # the innermost module that tells decides
         of_class, of_name = frozenset() if kind == "Conv1D" else _words(kind), _words(attribute)  # GPT-2's linear layer

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pcr_core
 from pcr_core import FlatPrior, Objective, Rule, Scatter, TemporalPrior
+from pcr_core.rules import require_rule
 from pcr_core.statistics import Strata
 from pcr_torch.batch import check_batch
 from pcr_torch.blocks import Granularity, Selector, describe_blocks, select_blocks
@@ -109,10 +110,7 @@ class PCR:
         workspace: int = WORKSPACE,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not callable(rule) or isinstance(rule, type):
-            raise TypeError(
-                f"rule: expected a pcr_core rule such as pcr_core.PCR() or pcr_core.make_rule('pcr'), got {rule!r}"
-            )
+        require_rule(rule)
         for name, value, options in (("strata", strata, Strata), ("norms", norms, Norms)):
             if value not in get_args(options):
                 raise ValueError(f"{name}: expected one of {get_args(options)}, got {value!r}")
@@ -357,7 +355,7 @@ class PCR:
         if looped.keys() != self._looped.keys():
             self._tell({name: why for name, why in looped.items() if name not in self._looped})
         self._looped = looped
-        alone = {name: self._parameters[name] for name in looped}
+        alone = {name: p for name, p in self._parameters.items() if name in looped}
         kept = [parameter.grad for parameter in alone.values()]
         by_loop = per_response(logp, cotangents, alone, strata, totals) if alone else None
         pulled = recorder.pull(logp, cotangents, strata, totals, skipped=alone)

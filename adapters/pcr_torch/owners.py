@@ -48,8 +48,8 @@ _MORE_ELEMENTWISE = {
     "Round", "Selu", "Sgn", "Sign", "Sin", "Sinh", "Tan", "Threshold", "Xlogy",
 }
 _ALONG = {  # operations within the dimensions that they save, of the input
-    "Amax", "Amin", "Cummax", "Cumprod", "Cumsum", "Flip", "Gather", "Glu", "LinalgVectorNorm",
-    "Logcumsumexp", "LogSoftmax", "Logsumexp", "Max", "Mean", "Norm", "Prod", "Roll", "Scatter", "Select",
+    "Amax", "Amin", "Cummax", "Cumprod", "Cumsum", "Flip", "Gather", "Glu", "LinalgVectorNorm", "LogSoftmax",
+    "Logcumsumexp", "Logsumexp", "Max", "Mean", "Norm", "Prod", "Roll", "SafeSoftmax", "Scatter", "Select",
     "Softmax", "Sort", "Split", "SplitWithSizes", "Std", "Sum", "Topk", "Unbind", "Var",
 }
 _ATTENTION = {

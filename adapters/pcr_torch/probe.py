@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+_LIKE_LINEAR = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}  # the same product, written by hand
 Layout = Literal["out_in", "in_out"]
 
 
@@ -38,7 +39,8 @@ def layout(module: nn.Module) -> Layout | None:
     restored = getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module
     if own is not None and not (restored or _is_probed(module)):
         return None
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    kind = (type(module).__module__, type(module).__name__)
+    if isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or kind in _LIKE_LINEAR):
         return "out_in"
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return "in_out"

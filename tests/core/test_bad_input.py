@@ -292,3 +292,11 @@ def test_statistics_of_unequal_length() -> None:
         pcr.GRPO()(pcr.BlockStatistics(one, one, one, one, one, two, one))
     with pytest.raises(TypeError, match="size: expected a real floating dtype, got int64"):
         pcr.GRPO()(pcr.BlockStatistics(one, one, one, one, one, one, np.ones(1, dtype=int)))
+
+
+@pytest.mark.parametrize("rule", ["pcr", pcr.PCR])
+def test_a_rule_is_neither_its_name_nor_its_class(rule: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"rule: expected a rule such as pcr_core\.PCR\(\) or pcr_core\.make_rule\('pcr'\)"
+    ):
+        pcr.resolve(np.ones((2, 3)), np.ones((2, 3)), group_ids=np.asarray([0, 0]), rule=rule)

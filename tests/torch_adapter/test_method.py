@@ -361,8 +361,9 @@ def test_bad_options_are_refused() -> None:
         PCR(model, norms="ghost")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="strata: expected one of"):
         PCR(model, strata="prompt")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="rule: expected a pcr_core rule"):
-        PCR(model, rule="pcr")  # type: ignore[arg-type]
+    for rule in ("pcr", pcr_core.PCR):
+        with pytest.raises(TypeError, match=r"rule: expected a rule such as pcr_core\.PCR\(\) or pcr_core\.make_rule"):
+            PCR(model, rule=rule)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"norms='fast'.*embed_tokens"):
         PCR(model, blocks="all", norms="fast")
     assert PCR(model, blocks="all").norms == "mixed"

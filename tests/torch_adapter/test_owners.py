@@ -115,8 +115,23 @@ class Mixed(nn.Module):
         return self.upper(hidden - hidden.mean(0, keepdim=True))
 
 
+class SeveralReasons(nn.Module):
+    """A layer whose rows are mixed, one that is plain, weights that are in no layer: each is measured in its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 8)
+        self.lower, self.middle = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.upper = nn.ParameterList([torch.randn(8, 31)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.lower(self.embed(tokens))
+        return torch.tanh(self.middle(hidden - hidden.mean(0, keepdim=True))) @ self.upper[0]
+
+
 @pytest.mark.parametrize(
-    ("kind", "fast"), [(TimeMajor, False), (AsManyExperts, True), (Chunked, True), (Flat, True), (Mixed, False)]
+    ("kind", "fast"),
+    [(TimeMajor, False), (AsManyExperts, True), (Chunked, True), (Flat, True), (Mixed, False), (SeveralReasons, False)],
 )
 def test_other_orders_of_rows(kind: type[nn.Module], fast: bool) -> None:
     torch.manual_seed(0)
@@ -128,7 +143,7 @@ def test_other_orders_of_rows(kind: type[nn.Module], fast: bool) -> None:
         return logits.log_softmax(-1).gather(-1, data.tokens[:, data.prompt :, None]).squeeze(-1)
 
     cotangents = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(2)).unbind()
-    assert_auto_equals_loop(model, logp, cotangents, data.group_ids, "lower|upper", fast=fast)
+    assert_auto_equals_loop(model, logp, cotangents, data.group_ids, "lower|middle|upper", fast=fast)
 
 
 def assert_auto_equals_loop(
