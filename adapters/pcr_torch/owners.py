@@ -5,64 +5,24 @@ A per-response norm is right only if the rows that are summed belong to one resp
 from the log-probabilities, of which row i is response i, down the graph, operation by operation: attention mixes tokens
 of one response, not responses. Where an operation is not known, or rows of several responses meet, there are no owners
 from there on; the reason is kept.
-
-An owner array has the leading dimensions of an activation, as few as tell: (n,) for (n, tokens, features), and
-(n * tokens,) for flattened rows. `NOBODY` owns rows that no log-probability depends on. A graph does not show hooks on
-activations.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from pcr_torch.owner_rules import NOBODY, Follow, Owners, joined, spread
 from pcr_torch.probe import is_probe
 from pcr_torch.rows import (
-    ELEMENTWISE,
-    NORMALISING,
-    RESHAPING,
-    ROW_FUNCTIONS,
-    dims_of,
     is_leaf,
-    kind_of,
-    shape_of,
-    signed,
 )
-
-NOBODY = -1
-Owners: TypeAlias = NDArray[np.int64]
-Shape = tuple[int, ...]
-_Below: TypeAlias = "Sequence[Owners | str | None]"  # by input: owners; why there are none; None: has no rows
-
-# fmt: off
-_MORE_ELEMENTWISE = {
-    "Addcdiv", "Addcmul", "Atan2", "Ceil", "Celu", "Cos", "Cosh", "Floor", "Fmod", "Lerp", "LogSigmoid", "Remainder",
-    "Round", "Selu", "Sgn", "Sign", "Sin", "Sinh", "Tan", "Threshold", "Xlogy",
-}
-_ALONG = {  # operations within the dimensions that they save, of the input
-    "Amax", "Amin", "Cummax", "Cumprod", "Cumsum", "Flip", "Gather", "Glu", "LinalgVectorNorm", "LogSoftmax",
-    "Logcumsumexp", "Logsumexp", "Max", "Mean", "Norm", "Prod", "Roll", "SafeSoftmax", "Scatter", "Select",
-    "Softmax", "Sort", "Split", "SplitWithSizes", "Std", "Sum", "Topk", "Unbind", "Var",
-}
-_ATTENTION = {
-    "ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention", "ScaledDotProductEfficientAttention",
-    "ScaledDotProductCudnnAttention", "ScaledDotProductFusedAttentionOverrideable",
-}
-# fmt: on
-# functions written in Python: what goes through as it is, and what works element by element
-_IDENTITIES = {("torch.distributed.fsdp._fully_shard._fsdp_param_group", "RegisterPostBackwardFunction")}
-_BY_ELEMENT = {("transformers.models.bloom.modeling_bloom", "GeLUFunction")}
-_APART = {"Split", "SplitWithSizes", "Unbind"}
-_LINEAR = {"Addmm": 1, "Linear": 0, "Mm": 0, "GroupedMm": 0}  # which of their inputs has rows
-_BATCHED = {"Bmm": (0, 1), "Baddbmm": (0, 1, 2)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +42,7 @@ def survey(output: Tensor) -> Survey:
     """Owners of the rows of every probed layer in the graph of `output` (n, T), the log-probabilities."""
     found = Survey()
     start = cast(Node, output.grad_fn)
-    follow = _Follow(output.shape[0])
+    follow = Follow(output.shape[0])
     known: dict[Node, dict[int, Owners | str | None]] = {start: {output.output_nr: follow.responses}}  # by output
     for node in _from_output(start):
         mine = known.pop(node, {})
@@ -99,7 +59,7 @@ def survey(output: Tensor) -> Survey:
                     found.bypassed.add(id(cast(Any, after).variable))
             else:
                 there = known.setdefault(after, {})
-                there[k] = _joined(there[k], owners, node) if k in there else owners
+                there[k] = joined(there[k], owners, node) if k in there else owners
     return found
 
 
@@ -109,7 +69,7 @@ def by_response(owners: Owners, n: int, tensors: Sequence[Tensor]) -> list[Tenso
     A view where every response has as many rows, in order; else gathered, with zeros where a response has fewer.
     """
     flat = [t.reshape(-1, t.shape[-1]) for t in tensors]
-    rows = _spread(owners, tuple(tensors[0].shape[:-1])).reshape(-1)
+    rows = spread(owners, tuple(tensors[0].shape[:-1])).reshape(-1)
     if len(rows) % n == 0 and bool((rows.reshape(n, -1) == np.arange(n)[:, None]).all()):
         return [t.view(n, -1, t.shape[-1]) for t in flat]
     mine = [np.flatnonzero(rows == i) for i in range(n)]
@@ -119,28 +79,6 @@ def by_response(owners: Owners, n: int, tensors: Sequence[Tensor]) -> list[Tenso
     at = torch.from_numpy(places).to(flat[0].device)
     absent = (at == NOBODY)[..., None]
     return [t[at.clamp(min=0)].masked_fill(absent, 0) for t in flat]
-
-
-def _joined(one: Owners | str | None, other: Owners | str | None, node: Node) -> Owners | str | None:
-    """Of a tensor that is used twice: what has rows in neither way has none."""
-    if one is other or isinstance(one, str):
-        return one
-    if isinstance(other, str):
-        return other
-    if one is None or other is None:
-        return f"{kind_of(node)} broadcasts rows"
-    if one.shape == other.shape:
-        agree = (one == other) | (other == NOBODY)
-        if agree.all():
-            return one
-        if (agree | (one == NOBODY)).all():
-            return cast(Owners, np.where(one == NOBODY, other, one))
-    wider, deeper = sorted((one, other), key=np.ndim)
-    if deeper.shape[: wider.ndim] == wider.shape:  # told by fewer dimensions, and by more where some rows are nobody's
-        spread = _spread(wider, deeper.shape)
-        if ((spread == deeper) | (deeper == NOBODY)).all():
-            return wider
-    return f"rows of several responses meet at {kind_of(node)}"
 
 
 def _from_output(start: Node) -> Iterator[Node]:
@@ -159,293 +97,3 @@ def _from_output(start: Node) -> Iterator[Node]:
             order.append(node)
             stack.pop()
     return reversed(order)
-
-
-class _Follow:
-    """Owners of an operation's inputs from those of its output."""
-
-    def __init__(self, n: int) -> None:
-        self.responses: Owners = np.arange(n)
-        self._views: dict[tuple[int, Shape, Shape], tuple[Owners, Owners | str]] = {}
-
-    def below(self, node: Any, outputs: dict[int, Owners | str | None]) -> _Below:
-        inputs, kind = node.next_functions, kind_of(node)
-        if kind in _APART and len(inputs) == 1:
-            whole = self._together(node, outputs)
-            if whole is not None:
-                return [whole]
-        if _function(node) in _IDENTITIES and len(inputs) == len(node._input_metadata):
-            return [outputs.get(k) for k in range(len(inputs))]
-        first, *others = outputs or {0: None}
-        owners = outputs.get(first)
-        for k in others:
-            owners = _joined(owners, outputs[k], node)
-        if owners is None or isinstance(owners, str):
-            return [owners] * len(inputs)
-        out = shape_of(node, first)
-        shapes = [None if after is None else shape_of(after, k) for after, k in inputs]
-        unknown = f"{kind}, of which it is not known whether it keeps responses apart"
-        if out[: owners.ndim] != owners.shape:
-            return [unknown] * len(inputs)
-        found = self._below(node, kind, owners, out, shapes)
-        return [unknown] * len(inputs) if found is None else found
-
-    def _together(self, node: Any, outputs: dict[int, Owners | str | None]) -> Owners | None:
-        """Of what is split along its first dimension."""
-        if signed(node._saved_dim) or any(not isinstance(owners, np.ndarray) for owners in outputs.values()):
-            return None
-        parts, unbound = [], kind_of(node) == "Unbind"
-        depth = max(1, *(cast(Owners, owners).ndim + unbound for owners in outputs.values()))
-        for k in range(len(node._input_metadata)):
-            shape = ((1,) if unbound else ()) + shape_of(node, k)
-            owners = cast(Owners, outputs.get(k, np.asarray(NOBODY)))
-            owners = owners[None] if unbound and k in outputs else owners
-            parts.append(_spread(owners, shape[:depth]) if k in outputs else np.full(shape[:depth], NOBODY))
-        return self._fewest(np.concatenate(parts))
-
-    def _below(self, node: Any, kind: str, owners: Owners, out: Shape, shapes: list[Shape | None]) -> _Below | None:
-        lead, first = owners.ndim, next((s for s in shapes if s is not None), None)
-        function = _function(node)
-        if function in _BY_ELEMENT:
-            return [_broadcast(owners, out, s) for s in shapes]
-        if function is not None:  # written in Python, under any name
-            known = is_probe(node) or function in ROW_FUNCTIONS
-            return self._matrix(owners, shapes, 0) if known else None
-        if kind in _LINEAR:
-            return self._matrix(owners, shapes, _LINEAR[kind])
-        if kind in ELEMENTWISE or kind in _MORE_ELEMENTWISE:
-            return [_broadcast(owners, out, s) for s in shapes]
-        if kind in NORMALISING:
-            within = first is not None and len(node._saved_normalized_shape) <= len(first) - lead
-            return [owners, *[None] * (len(shapes) - 1)] if within and first[:lead] == out[:lead] else None  # type: ignore[index]
-        special = _SPECIAL.get(kind)
-        if special is not None:
-            return special(self, node, owners, out, shapes)
-        if first is None:
-            return None
-        if kind in _ALONG:
-            dims = dims_of(node, len(first))
-            within = all(dim >= lead for dim in dims) and all(s is None or s[:lead] == out[:lead] for s in shapes)
-            return [owners] * len(shapes) if within else None
-        if kind in RESHAPING:
-            return [self._reshaped(owners, out, first)]
-        if kind in _ATTENTION:
-            batched = lead == 1 and all(s is None or s[0] == out[0] for s in shapes[:3])
-            return [owners] * 3 + [f"{kind}'s bias"] * (len(shapes) - 3) if batched else None
-        if kind in _BATCHED:
-            of = _BATCHED[kind]
-            return (
-                [owners if k in of and s is not None and s[0] == out[0] else None for k, s in enumerate(shapes)]
-                if (lead == 1)
-                else None
-            )
-        return None
-
-    def _matrix(self, owners: Owners, shapes: Sequence[Shape | None], k: int) -> _Below | None:
-        """Of a product of input number `k` with what is the same for all rows; it mixes the last dimension."""
-        shape = shapes[k]
-        if shape is not None and (shape[: owners.ndim] != owners.shape or len(shape) == owners.ndim):
-            return None
-        return [owners if j == k else None for j in range(len(shapes))]
-
-    def _reshaped(self, owners: Owners, out: Shape, shape: Shape) -> Owners | str:
-        """Elements keep their order, and so do rows where some leading dimensions are as many."""
-        if shape[: owners.ndim] == owners.shape:
-            return owners
-        key = (id(owners), out, shape)
-        if key not in self._views:
-            self._views[key] = (owners, self._view(owners, out, shape))
-        return self._views[key][1]
-
-    def _view(self, owners: Owners, out: Shape, shape: Shape) -> Owners | str:
-        for m in range(owners.ndim, len(out) + 1):
-            count = math.prod(out[:m])
-            for k in range(1, len(shape) + 1):
-                if math.prod(shape[:k]) == count:
-                    return self._fewest(_spread(owners, out[:m]).reshape(shape[:k]))
-        return "a view in which rows are not contiguous"
-
-    def _fewest(self, owners: Owners) -> Owners:
-        """Without trailing dimensions along which owners are the same."""
-        while owners.ndim > 1 and bool((owners == owners[..., :1]).all()):
-            owners = owners[..., 0]
-        return self.responses if np.array_equal(owners, self.responses) else owners
-
-    # -- operations whose rule depends on what they save --------------------------------------------------------------
-
-    def transposed(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        dims = list(range(len(out)))
-        one, other = signed(node._saved_dim0) % len(out), signed(node._saved_dim1) % len(out)
-        dims[one], dims[other] = other, one
-        return [self._permuted(owners, out, dims)]
-
-    def permuted(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        return [self._permuted(owners, out, [signed(d) % len(out) for d in node._saved_dims])]
-
-    def _permuted(self, owners: Owners, out: Shape, dims: list[int]) -> Owners:
-        """Dimension j of the output is dimension dims[j] of the input."""
-        mine = dims[: owners.ndim]
-        if mine == list(range(owners.ndim)):
-            return owners
-        depth = max(mine) + 1
-        there = [out[dims.index(d)] for d in range(depth)]
-        placed = owners.transpose(np.argsort(mine)).reshape([there[d] if d in mine else 1 for d in range(depth)])
-        return self._fewest(np.broadcast_to(placed, there))
-
-    def expanded(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        return [_broadcast(owners, out, shapes[0])]
-
-    def repeated(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        shape, lead = shapes[0], owners.ndim
-        return [owners] if shape is not None and len(shape) == len(out) and shape[:lead] == out[:lead] else None
-
-    def padded(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        return [owners] if len(out) - len(node._saved_pad) // 2 >= owners.ndim else None
-
-    def convolved(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        batched = owners.ndim == 1 and (shapes[0] is None or shapes[0][0] == out[0])
-        return [owners, None, None][: len(shapes)] if batched else None
-
-    def concatenated(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        dim = signed(node._saved_dim) % len(out)
-        if dim >= owners.ndim or shapes == [out]:
-            return [owners] * len(shapes)
-        missing = out[0] - sum(s[0] for s in shapes if s is not None)
-        if dim or sum(s is None for s in shapes) > 1:
-            return None
-        ends = np.cumsum([missing if s is None else s[0] for s in shapes])[:-1]
-        return [self._fewest(part) for part in np.split(owners, ends)]
-
-    def stacked(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        return [owners] * len(shapes) if signed(node._saved_dim) % len(out) >= owners.ndim else None
-
-    def triangular(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        return [owners] if owners.ndim <= len(out) - 2 else None
-
-    def sliced(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        shape, dim = shapes[0], signed(node._saved_dim) % len(out)
-        if shape is None or dim >= owners.ndim:
-            return None if shape is None else [owners]
-        whole = np.full(shape[: owners.ndim], NOBODY)
-        at = slice(signed(node._saved_start), signed(node._saved_end), node._saved_step)
-        whole[(slice(None),) * dim + (at,)] = owners
-        return [self._fewest(whole)]
-
-    def indexed(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        shape, indices = shapes[0], list(node._saved_indices)
-        if shape is None:
-            return None
-        if next(k for k, index in enumerate(indices) if index is not None) >= owners.ndim:
-            return [owners]
-        places = _places(indices, shape)
-        if places is None or owners.ndim > len(places.shape):
-            return None
-        rows = _spread(owners, places.shape).reshape(-1)
-        return [self._taken_back(rows, places.flat, shape[: places.depth])]
-
-    def selected(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        shape, dim = shapes[0], signed(node._saved_dim) % len(out)
-        if shape is None or dim >= owners.ndim:
-            return None if shape is None else [owners]
-        if dim:
-            return None
-        rows = _spread(owners, out[: owners.ndim])
-        if rows.ndim > 1:
-            return None
-        return [self._taken_back(rows, node._saved_index.cpu().numpy() % shape[0], (shape[0],))]
-
-    def put(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        places, source = _places(list(node._saved_indices), out), shapes[1]
-        if places is None or owners.ndim > places.depth:
-            return None
-        if source is None or source[: len(places.shape)] != places.shape:
-            return [owners, None if source is None else f"IndexPut broadcasts a tensor of shape {source}"]
-        rows = _spread(owners, out[: places.depth]).reshape(-1)[places.flat]
-        return [owners, self._fewest(rows.reshape(places.shape))]
-
-    def added_at(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        if signed(node._saved_dim) % len(out) or owners.ndim > 1:
-            return None
-        return [owners, self._fewest(owners[node._saved_index.cpu().numpy() % len(owners)])]
-
-    def mask_scattered(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        """Elements of a source, in their order, where a mask has put them, such as pictures' tokens into a prompt."""
-        onto, source = shapes
-        if source is None:
-            return [_broadcast(owners, out, onto)]
-        mask, of = np.broadcast_to(node._saved_mask.cpu().numpy(), out), out
-        if source[-1] == out[-1] and (mask == mask[..., :1]).all():  # whole rows
-            of, source, mask = out[:-1], source[:-1], mask[..., 0]
-        if owners.ndim > len(of):
-            return None
-        chosen = _spread(owners, of)[mask]
-        whole = np.full(math.prod(source), NOBODY)
-        whole[: len(chosen)] = chosen
-        return [_broadcast(owners, out, onto), self._fewest(whole.reshape(source))]
-
-    def _taken_back(self, rows: Owners, places: Owners, shape: Shape) -> Owners | str:
-        """Rows back to where they were taken from; those taken several times have to go to one response."""
-        whole = np.full(math.prod(shape), NOBODY)
-        whole[places] = rows
-        if not np.array_equal(whole[places], rows):
-            return "a row that several responses take"
-        return self._fewest(whole.reshape(shape))
-
-
-@dataclass(frozen=True)
-class _Places:
-    """What indices take: places in the flattened first `depth` dimensions, and the shape in which they come."""
-
-    shape: Shape
-    flat: Owners
-    depth: int
-
-
-def _places(indices: Sequence[Tensor | None], shape: Shape) -> _Places | None:
-    """Of leading dimensions; None for indices of another kind."""
-    if any(index is None or index.dtype.is_floating_point for index in indices):
-        return None
-    arrays = [cast(Tensor, index).cpu().numpy() for index in indices]
-    if any(a.dtype == bool for a in arrays):
-        flat = np.flatnonzero(arrays[0])
-        return _Places((len(flat),), flat, arrays[0].ndim) if len(arrays) == 1 else None
-    arrays = list(np.broadcast_arrays(*(a % size for a, size in zip(arrays, shape))))
-    flat = np.ravel_multi_index(tuple(arrays), shape[: len(arrays)]).reshape(-1)
-    return _Places(arrays[0].shape, flat, len(arrays))
-
-
-def _function(node: Any) -> tuple[str, str] | None:
-    """Module and name of a function that is written in Python."""
-    function = getattr(node, "_forward_cls", None)
-    return None if function is None else (function.__module__, function.__qualname__)
-
-
-def _broadcast(owners: Owners, out: Shape, shape: Shape | None) -> Owners | None:
-    """Of an input of an elementwise operation; None where several rows share it, as they share parameters."""
-    whole = shape is not None and len(shape) == len(out) and shape[: owners.ndim] == owners.shape
-    return owners if whole else None
-
-
-def _spread(owners: Owners, shape: Shape) -> Owners:
-    """The same with more dimensions."""
-    return np.broadcast_to(owners.reshape(owners.shape + (1,) * (len(shape) - owners.ndim)), shape)
-
-
-_SPECIAL: dict[str, Callable[..., _Below | None]] = {
-    "Cat": _Follow.concatenated,
-    "Transpose": _Follow.transposed,
-    "Permute": _Follow.permuted,
-    "Expand": _Follow.expanded,
-    "Repeat": _Follow.repeated,
-    "ConstantPadNd": _Follow.padded,
-    "Convolution": _Follow.convolved,
-    "Stack": _Follow.stacked,
-    "Tril": _Follow.triangular,
-    "Triu": _Follow.triangular,
-    "Slice": _Follow.sliced,
-    "Index": _Follow.indexed,
-    "IndexSelect": _Follow.selected,
-    "IndexPut": _Follow.put,
-    "IndexAdd": _Follow.added_at,
-    "MaskedScatter": _Follow.mask_scattered,
-}

@@ -22,7 +22,8 @@ from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor
 
 from pcr_torch.distributed import kept_whole, local, reduce_scatter
-from pcr_torch.owners import Owners, by_response, survey
+from pcr_torch.owner_rules import Owners
+from pcr_torch.owners import by_response, survey
 from pcr_torch.probe import install, layout, remove
 from pcr_torch.products import WORKSPACE, Products, bias_products, in_range, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, Total, add_total, total_dtype, wide_dtype

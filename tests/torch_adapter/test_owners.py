@@ -13,7 +13,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import pcr_core
 from pcr_torch import PCR
-from pcr_torch.owners import NOBODY, survey
+from pcr_torch.owner_rules import NOBODY
+from pcr_torch.owners import survey
 
 PICTURE = 30
 
