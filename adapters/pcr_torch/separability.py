@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
-
 NEITHER = "PCR resolves the gradients of a reward and a KL term of one forward pass; what belongs to neither is refused"
-_ROUNDING = 1e-4  # of sums in float32; the terms of TRL's losses agree to 1e-6
 _KERNELS = (
     "fused kernels may overwrite in one backward pass what a second one needs, which "
     "autograd does not notice; use the model's own layers"
@@ -22,12 +19,6 @@ def refuse_beta(config: Any) -> None:
             "beta: PCR arbitrates between reward and KL, and TRL's default of 0 leaves no KL gradient; "
             f"set beta > 0, such as 0.04 (got {config.beta})"
         )
-
-
-def refuse_loss(whole: Tensor, plasticity: Tensor, stability: Tensor) -> None:
-    """ValueError where the derivatives of the reward and of the KL term do not add up to those of the whole loss."""
-    if (whole - plasticity - stability).norm() > _ROUNDING * (plasticity.norm() + stability.norm()):
-        raise ValueError(f"loss: it is more than the sum of its reward and its KL term, and {NEITHER}")
 
 
 def refuse_config(config: Any) -> None:

@@ -1,171 +1,164 @@
-"""One evaluation of a TRL loss on one forward pass, taken apart into the gradients of its reward and its KL term.
+"""One evaluation of a trainer's loss, cut off at the log-probabilities, and taken apart into its two streams.
 
-Whatever a trainer and its subclasses make of the loss, it is a function of the log-probabilities, of beta and of the
-advantages. All three are made leaves of a small autograd graph that ends at the log-probabilities. The loss is linear
-in beta, so beta times the derivative of d loss/d beta is the KL term's part, and the rest is the reward's; and it is
-homogeneous in the advantages, which tells a term that is neither.
+Whoever wrote the loss sees log-probabilities that are a leaf, beta times 1 and advantages times 1, where both ones are
+leaves too. A KL term is in proportion to beta, a reward term to the advantages, so that each is the loss's derivative
+with respect to its one; the derivatives of those with respect to the log-probabilities are the two cotangents.
+Whatever is done to the value of the loss until its backward pass is part of its graph, and counts.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import Node
+from torch import Tensor, nn
 
-from pcr_torch.rows import is_leaf
-from pcr_torch.separability import NEITHER, refuse_loss
+from pcr_torch.separability import NEITHER
+from pcr_torch.terms import all_tagged, leaves
 
-_ASIDE = ("batch_size", "compute_entropy", "compute_aux_loss")  # of a request: what leaves the log-probabilities alone
+_ROUNDING = 1e-5  # of sums in float32; the terms of TRL's losses agree to 1e-6
+_FORWARD = (
+    "take log-probabilities from self._get_per_token_logps_and_entropies, and compute under torch.no_grad() what is "
+    "not to be trained"
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One forward pass of the trained model: what was asked, its log-probabilities, and the leaves in their place."""
+
+    request: Mapping[str, Any]
+    logp: Tensor
+    leaf: Tensor
+    entropies: Tensor
+
+    def __post_init__(self) -> None:
+        self.leaf.register_post_accumulate_grad_hook(_refuse_backward)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Log-probabilities (n, T) of one forward pass, and the loss's two derivatives with respect to them."""
+
+    cut: Cut
+    plasticity: Tensor
+    stability: Tensor
 
 
 class SharedForward:
-    """Leaves of one microbatch's loss.
+    """What a loss is given, and what becomes of it."""
 
-    Args:
-        policy: the model that is trained, as it is and as it is wrapped.
-    """
-
-    def __init__(self, *policy: Any) -> None:
-        self._policy = policy
-        self.logp: Tensor | None = None  # with the model's graph
-        self._leaf: Tensor | None = None
-        self._entropies: Tensor | None = None
-        self._request: Any = None
-        self._result: Any = None
-        self._betas: list[Tensor] = []
-        self._advantages: Tensor | None = None
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._of_beta = torch.ones((), device=device, dtype=dtype, requires_grad=True)
+        self._of_advantages = torch.ones((), device=device, dtype=dtype, requires_grad=True)
+        self._cuts: list[Cut] = []
 
     def beta(self, value: float) -> Tensor:
-        """beta as a leaf; the same one until the value changes."""
-        if not self._betas or self._betas[-1].item() != value:
-            self._betas.append(torch.tensor(value, dtype=torch.float64, requires_grad=True))
-        return self._betas[-1]
+        return self._of_beta * value
 
     def advantages(self, values: Tensor) -> Tensor:
-        """The advantages as a leaf, which may be worked on in place."""
-        self._advantages = values.detach().clone().requires_grad_()
-        return self._advantages * 1
+        return values * self._of_advantages.to(values.dtype)
 
-    def logps(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's log-probabilities, entropies and router loss: those of the first request that trains are shared."""
-        asked = inspect.signature(compute).bind(*args, **kwargs)
-        asked.apply_defaults()
-        request = {name: value for name, value in asked.arguments.items() if name not in _ASIDE}
-        if self.logp is not None and _same(request, self._request):
-            _, entropies, aux_loss = self._result
-            if asked.arguments.get("compute_entropy") and entropies is None:
-                with torch.no_grad():
-                    entropies = compute(*args, **kwargs)[1]
-            return self._leaf, entropies, aux_loss
-        result = compute(*args, **kwargs)
-        mine = any(asked.arguments.get("model") is each for each in self._policy)
-        if self.logp is not None or not mine or not result[0].requires_grad:
-            return result
-        self.logp, entropies, aux_loss = result
-        self._request, self._leaf = request, self.logp.detach().requires_grad_()
-        if entropies is not None:
-            self._entropies = entropies = entropies.detach().requires_grad_()
-        self._result = (self._leaf, entropies, aux_loss)
-        return self._result
+    def find(self, request: Mapping[str, Any]) -> Cut | None:
+        """An earlier forward pass of the same model in the same state, on the same texts."""
+        return next((cut for cut in self._cuts if _same(cut.request, request)), None)
 
-    def cotangents(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The log-probabilities with their graph, and the derivatives of the reward and of the KL term.
+    def cut(self, request: Mapping[str, Any], logp: Tensor, entropies: Tensor) -> Cut:
+        made = Cut(request, logp, logp.detach().requires_grad_(), entropies.detach().requires_grad_())
+        self._cuts.append(made)
+        return made
+
+    def streams(self, loss: Tensor, model: nn.Module, *, sharded: bool, beta: float) -> Streams | None:
+        """The two streams of `loss`; None where it does not depend on the model at all.
+
+        Parameters of other models in its graph get their gradients.
+
+        Args:
+            loss: a scalar with a graph.
+            model: the trained one.
+            sharded: whether its parameters are swapped around its forward pass.
+            beta: where it is 0 no KL term is expected.
 
         Raises:
-            ValueError: the loss has no graph, or terms that belong to neither, with the reason.
+            ValueError: the loss is detached, has a forward pass of the trained model of its own, or is not the sum of a
+                reward and a KL term.
         """
         if not loss.requires_grad:
             raise ValueError(
-                "compute_loss: the loss has no autograd graph (it was detached, or made anew from a number), so there "
-                "is nothing to differentiate; return what `_compute_loss` gave, or a function of it"
+                "loss: it has no graph (detached, or computed under torch.no_grad()), so nothing would be trained; "
+                "return a loss with its graph, and 0 * loss to leave a micro-batch out"
             )
-        leaf = self._leaf
-        if leaf is None or self.logp is None:
+        mine = {id(x) for cut in self._cuts for x in (cut.leaf, cut.entropies)}
+        mine |= {id(self._of_beta), id(self._of_advantages)}
+        reached = leaves(loss)
+        others = [leaf for leaf in reached if id(leaf) not in mine]
+        trained = {id(p) for p in model.parameters()}
+        # an activation is a leaf too where checkpointing hides what made it; a number is none
+        hiding = [x for x in others if sharded or id(x) in trained or not isinstance(x, nn.Parameter)]
+        if any(x.ndim for x in hiding):
+            raise ValueError(f"loss: a term of it has a forward pass of its own, and {NEITHER}. Instead {_FORWARD}")
+        if others:
+            torch.autograd.backward(loss, inputs=others, retain_graph=True)
+        ids = {id(leaf) for leaf in reached}
+        used = [cut for cut in self._cuts if id(cut.leaf) in ids or id(cut.entropies) in ids]
+        if len(used) > 1:
+            raise ValueError(f"loss: it depends on log-probabilities of {len(used)} forward passes, and {NEITHER}")
+        return self._apart(loss, used[0], beta) if used else None
+
+    def _apart(self, loss: Tensor, cut: Cut, beta: float) -> Streams:
+        logp, ones = cut.leaf, (self._of_beta, self._of_advantages)
+        first = torch.autograd.grad(loss, (logp, cut.entropies, *ones), create_graph=True, allow_unused=True)
+        whole = _of(first[0], logp)
+        if first[1] is not None and bool(first[1].any()):
+            raise ValueError(f"loss: it has a gradient through the entropies, as an entropy bonus has, and {NEITHER}")
+        kl, reward = first[2:]
+        if kl is None and beta != 0:
             raise ValueError(
-                "compute_loss: its log-probabilities did not come from self._get_per_token_logps_and_entropies, so the "
-                f"reward and the KL term cannot be told apart; {NEITHER}"
+                "loss: no term of it is multiplied by self.beta, so there is no KL term to tell from the reward; "
+                "multiply it by self.beta itself, neither by a number made of it nor by args.beta"
             )
-        self._refuse_foreign(loss)
-        (whole,) = torch.autograd.grad(loss, leaf, create_graph=True, allow_unused=True)
-        if whole is None:  # a step that a subclass dropped
-            return self.logp, torch.zeros_like(leaf), torch.zeros_like(leaf)
-        slopes = torch.autograd.grad(loss, self._betas, create_graph=True, allow_unused=True) if self._betas else ()
-        used = [(beta, slope) for beta, slope in zip(self._betas, slopes) if slope is not None]
-        if not used:
-            raise ValueError(
-                "compute_loss: the loss does not depend on self.beta (was it read as a number, or from args?), so its "
-                f"KL term cannot be told apart; {NEITHER}"
-            )
-        stability = torch.zeros_like(leaf)
-        for beta, slope in used:
-            if _derivative(slope, beta).ne(0).any():
+        stability, of_beta, of_advantages = _derivatives(kl, (logp, *ones))
+        for what, found in (("beta", of_beta), ("the advantages", of_advantages)):
+            if kl is not None and bool(found.abs() > _ROUNDING * kl.detach().abs()):
                 raise ValueError(
-                    "compute_loss: the loss is not linear in self.beta, so it is no weighted sum of a reward and a KL "
-                    f"term; {NEITHER}"
+                    f"loss: its KL term is not in proportion to beta but depends on {what} too, and {NEITHER}"
                 )
-            stability += (beta * _derivative(slope, leaf)).to(leaf.dtype)
-        whole, stability = whole.detach(), stability.detach()
-        self._refuse_other_terms(loss, leaf, whole, stability)
-        return self.logp, whole - stability, stability
-
-    def _refuse_other_terms(self, loss: Tensor, leaf: Tensor, whole: Tensor, stability: Tensor) -> None:
-        if self._advantages is None:
-            return
-        (slope,) = torch.autograd.grad(loss, self._advantages, create_graph=True, allow_unused=True)
-        if slope is None:
-            refuse_loss(whole, torch.zeros_like(leaf), stability)
-        else:
-            refuse_loss(whole, _derivative((slope * self._advantages.detach()).sum(), leaf), stability)
-
-    def _refuse_foreign(self, loss: Tensor) -> None:
-        known = [self._leaf, self._advantages, *self._betas]
-        for leaf in _leaves(loss):
-            if leaf is self._entropies:
-                raise ValueError(f"loss: it has a term in the entropies, and {NEITHER}")
-            if isinstance(leaf, torch.nn.Parameter):
-                raise ValueError(f"loss: a term of it has a forward pass of its own, and {NEITHER}")
-            if not any(leaf is each for each in known) and self._leaf is not None and self._reaches(loss):
-                raise ValueError(f"loss: it has a term in a tensor that is trained outside the model, and {NEITHER}")
-
-    def _reaches(self, loss: Tensor) -> bool:
-        return any(leaf is self._leaf for leaf in _leaves(loss))
+        (plasticity,) = _derivatives(reward, (logp,))
+        rounding = max(_ROUNDING, 4 * torch.finfo(logp.dtype).eps)
+        if (whole - plasticity - stability).norm() <= rounding * (plasticity.norm() + stability.norm()):
+            return Streams(cut, plasticity, stability)
+        # the reward term is not in proportion to the advantages where those are clipped, say, or normalised
+        if not all_tagged(loss, logp, ones):
+            raise ValueError(
+                f"loss: it is more than the sum of its reward and its KL term (what inputs['advantages'] and self.beta "
+                f"multiply), and {NEITHER}"
+            )
+        return Streams(cut, whole - stability, stability)
 
 
-def _derivative(value: Tensor, leaf: Tensor) -> Tensor:
-    if not value.requires_grad:
-        return torch.zeros_like(leaf)
-    (found,) = torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(leaf) if found is None else found
+def _derivatives(of: Tensor | None, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if of is None or not of.requires_grad:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    found = torch.autograd.grad(of, inputs, retain_graph=True, allow_unused=True)
+    return tuple(_of(gradient, x) for gradient, x in zip(found, inputs, strict=True))
 
 
-def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    start = cast(Node, loss.grad_fn)
-    if start is None:
-        yield loss
-        return
-    waiting, seen = [start], {start}
-    while waiting:
-        node = waiting.pop()
-        if is_leaf(node):
-            yield cast(Any, node).variable
-        for after, _ in node.next_functions:
-            if after is not None and after not in seen:
-                seen.add(after)
-                waiting.append(after)
+def _of(gradient: Tensor | None, x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if gradient is None else gradient.detach()
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two requests ask for the same: the same model, equal texts and options."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or (one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all()))
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
+        return one is other or (one.shape == other.shape and one.device == other.device and torch.equal(one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, torch.nn.Module) or isinstance(other, torch.nn.Module):
-        return one is other
-    return bool(one == other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _refuse_backward(_: Tensor) -> None:
+    raise ValueError(
+        "loss.backward() ends at the log-probabilities, whose backward passes PCR takes; call "
+        "self.accelerator.backward(loss) in its place"
+    )

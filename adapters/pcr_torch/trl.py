@@ -1,12 +1,13 @@
 """PCR as a drop-in for TRL's GRPO: `PCRTrainer` and `PCRConfig` in place of `GRPOTrainer` and `GRPOConfig`.
 
-The losses stay TRL's own, or a subclass's. Where the trainer would start the backward pass, the loss is taken apart
-into the derivatives of its reward and its KL term with respect to the log-probabilities (`shared_forward.py`); two
-backward passes take the place of one, and `.grad` is written when gradients synchronise.
+The losses stay TRL's own, or a subclass's. One evaluation gives both cotangents of every loss that is the sum of a
+reward and a KL term (`shared_forward.py`); then two backward passes take the place of one, and `.grad` is written when
+gradients synchronise.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -22,19 +23,23 @@ from pcr_core.projection import Conflict, Gate, Update
 from pcr_core.statistics import Strata
 from pcr_torch import checkpoints
 from pcr_torch.blocks import Granularity, select_blocks
+from pcr_torch.groups import Text, owners, shuffle_groups, texts, texts_of
 from pcr_torch.method import PCR, Norms
+from pcr_torch.pullback import total_dtype
 from pcr_torch.report import Report
 from pcr_torch.separability import refuse_beta, refuse_config, refuse_trainer
 from pcr_torch.shared_forward import SharedForward
+from pcr_torch.terms import leaves
 
 try:
-    import trl.trainer.utils as trl_utils
+    import trl.trainer.grpo_trainer as stock
     from accelerate import DistributedType
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
     raise ImportError("pcr_torch.trl needs TRL 1.16: pip install 'pcr-grpo[trl]'") from error
 
-_GROUP_IDS = "pcr_group_ids"
+_GROUP_IDS, _TEXTS = "pcr_group_ids", "pcr_texts"
+
 _log = logging.getLogger("pcr_torch")
 
 
@@ -117,9 +122,9 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     temporal prior's state.
 
     Runs on one process or several, with DDP or FSDP2 (`fsdp_version: 2`): each process logs the same `pcr/` metrics, of
-    all processes. `method` is bound to the model as the accelerator prepared it when training starts, and again where
-    layers are frozen or trained in turns; when training ends the model's layers are their own again. Checkpoints hold
-    whole tensors, so PCR's part of them can be resumed on another number of processes.
+    all processes. `method` is made whenever training starts, from the model as the accelerator prepared it, and gives
+    the model's layers their own forward back when training ends; it is made again where layers are frozen or trained in
+    turns. Checkpoints hold whole tensors, so PCR's part of them can be resumed on another number of processes.
 
     Raises:
         TypeError: `args` is not a PCRConfig.
@@ -127,41 +132,58 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     """
 
     _tag_names = ("trl", "grpo", "pcr")
-    _beta: float
     _metrics: Any
-    _step: int
-    _buffered_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config = kwargs.get("args", args[2] if len(args) > 2 else None)
         if not isinstance(config, PCRConfig):
             raise TypeError(f"args: expected a pcr_torch.trl.PCRConfig (with beta > 0), got {type(config).__name__}")
         refuse_config(config)
-        self._shared: SharedForward | None = None
-        self._group_ids: Tensor | None = None  # of the microbatch
         self._sampler: Any = None  # of prompts, in training; None for a stream of them
+        self._shared: SharedForward | None = None  # while a loss is evaluated
+        self._pending: tuple[SharedForward, tuple[list[Text], list[int]]] | None = (
+            None  # from then to its backward pass
+        )
+        self._accumulated = False  # whether this step has a micro-batch
+        self._generated: list[Text] = []
         super().__init__(*args, **kwargs)
         refuse_trainer(self)
         self.method: PCR | None = None
         self._bound: Any = None
         self._trained: tuple[bool, ...] = ()
         if self.accelerator.distributed_type == DistributedType.NO:
-            self._bind(self.model)  # errors come before training; the layers are themselves again until then
-            self._release()
+            self._bind(self.model)
+            self._release()  # it was made to be told early what cannot be
         else:  # the accelerator wraps the model, or replaces its parameters, when training starts
             select_blocks(self.model, config.blocks, cast(Granularity, config.granularity))
         self.last_report: Report | None = None
 
-    # -- bound to the model as it is trained -----------------------------------------------------------------------
+    # -- bound to the model while it is trained --------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's. The model's layers have their own forward again when it ends, whichever way."""
+        watched = self._watched(self.compute_loss)
+        try:
+            # a training step evaluates compute_loss and ends in accelerator.backward(loss), with no hook between
+            with _replaced(self, compute_loss=watched), _replaced(self.accelerator, backward=self._accumulate):
+                return super().train(*args, **kwargs)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._pending, self._accumulated, self._bound = None, False, None
+        if self.method is not None:
+            self.method.discard()  # a training that was interrupted may have left a micro-batch behind
+            self.method.remove()
 
     def _bind(self, model: Any) -> PCR:
-        """PCR of the prepared model; a new one, with the old one's state, where `train` wrapped the model again."""
+        """PCR of the prepared model; a new one, with the old one's state, where another was bound."""
         if self.method is not None and self._bound is model:
             return self.method
         config, state = self.args, None
         if self.method is not None:
+            self._release()
             state = self.method.state_dict()
-            self.method.remove()
         self._bound, self._trained = model, _trained(model)
         self.method = PCR(
             model,
@@ -180,18 +202,6 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             )
         return self.method
 
-    def _release(self) -> None:
-        """Give the model's layers their own forward back, until training goes on."""
-        if self.method is not None:
-            self.method.remove()
-        self._bound = None
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._release()
-
     def _follow_frozen(self) -> None:
         """Bind again where layers were frozen or trained in turns since the last step."""
         if self._bound is None or self.method is None or self.method.accumulated:
@@ -202,93 +212,126 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.method is not None:  # a training that was interrupted may have left a micro-batch behind
-            self.method.discard()
-        self._bind(self.model_wrapped)
+        self._pending, self._accumulated = None, False
+        self._bind(self.model_wrapped).discard()  # where the batch did not fit, this is another try within one `train`
         return prepared
 
     # -- groups stay whole ---------------------------------------------------------------------------------------
 
+    def _generate(self, prompts: Any) -> Any:
+        output = super()._generate(prompts)
+        self._generated = texts(output[0], output[1], self._tokenizer.pad_token_id)
+        return output
+
     def _generate_and_score_completions(self, inputs: Any) -> Any:
+        self._generated = []
         output = super()._generate_and_score_completions(inputs)
         count = self.num_generations if self.model.training else self.num_generations_eval
-        n = output["completion_ids"].shape[0]
+        n = len(self._generated)
         first = self.accelerator.process_index * n  # a process holds a slice, which may begin within a group
-        ids = torch.arange(first, first + n, device=output["completion_ids"].device) // count
-        # another class may have dropped or repeated rows
-        output[_GROUP_IDS] = ids if n == len(inputs) and _fits(output, ids) else prompt_groups(output)
-        return output
+        ids = [row // count for row in range(first, first + n)]
+        return self._with_groups(output, self._generated, ids)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's, but for the shuffle before the split into micro-batches: whole groups in place of responses."""
-        if not self.model.training:
+
+        def shuffle(batch: dict[str, Any]) -> dict[str, Any]:
+            batch = self._with_groups(batch, *_carried(batch))
+            return shuffle_groups(batch, batch[_GROUP_IDS])
+
+        with _replaced(stock, shuffle_sequence_dict=shuffle):
             return super()._prepare_inputs(generation_batch)
-        cycle = self.args.steps_per_generation * self.num_iterations
-        if self._step % cycle == 0 or self._buffered_inputs is None:
-            batch = self._generate_and_score_completions(generation_batch)
-            if not _fits(batch, batch.get(_GROUP_IDS)):
-                batch[_GROUP_IDS] = prompt_groups(batch)
-            batch = trl_utils.split_pixel_values_by_grid(batch)
-            batch = shuffle_groups(batch, batch[_GROUP_IDS])
-            batches = trl_utils.split_tensor_dict(batch, self.args.steps_per_generation)
-            self._buffered_inputs = [trl_utils.unsplit_pixel_values_by_grid(part) for part in batches]
-        inputs = dict(self._buffered_inputs[self._step % self.args.steps_per_generation])
-        if self._shared is not None:
-            inputs["advantages"] = self._shared.advantages(inputs["advantages"])
-        self._group_ids = inputs[_GROUP_IDS]
-        return inputs
+
+    def _with_groups(self, batch: dict[str, Any], known: list[Text], ids: list[int]) -> dict[str, Any]:
+        """The batch with each row's group and texts, where `known` texts are of the groups `ids`."""
+        rows = texts_of(
+            batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], self._tokenizer.pad_token_id
+        )
+        device = batch["completion_ids"].device
+        groups = owners(rows, known, ids, by_prompt=batch.get("pixel_values") is None)
+        return {**batch, _GROUP_IDS: torch.tensor(groups, device=device), _TEXTS: torch.tensor(rows, device=device)}
 
     # -- two streams in place of one -----------------------------------------------------------------------------
 
     @property
     def beta(self) -> Any:
-        """The KL coefficient; a leaf of the loss's graph while a training step takes the loss apart."""
+        """The KL coefficient; while a loss is evaluated, a tensor that its KL term can be told by."""
         return self._beta if self._shared is None else self._shared.beta(self._beta)
 
     @beta.setter
     def beta(self, value: Any) -> None:
-        self._beta = float(value)
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self._note_groups(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _compute_loss(self, model: Any, inputs: Any) -> Any:
-        self._note_groups(inputs)
-        return super()._compute_loss(model, inputs)
-
-    def _note_groups(self, inputs: Any) -> None:
-        """The groups of the rows that the loss is of: a subclass may have dropped or repeated some."""
-        if self._shared is not None and _GROUP_IDS in inputs:
-            self._group_ids = inputs[_GROUP_IDS]
+        self._beta = float(value.detach()) if isinstance(value, Tensor) else value
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        compute = super()._get_per_token_logps_and_entropies
-        if self._shared is None or not torch.is_grad_enabled():
-            return compute(*args, **kwargs)
-        return self._shared.logps(compute, *args, **kwargs)
+        """TRL's; within a loss, of the trained model, one forward pass a text, whose graph is kept for the streams."""
+        real = super()._get_per_token_logps_and_entropies
+        request = inspect.signature(real).bind(*args, **kwargs).arguments
+        plain = self.accelerator.unwrap_model
+        if self._shared is None or not torch.is_grad_enabled() or plain(request["model"]) is not plain(self.model):
+            return real(*args, **kwargs)
+        entropies = request.pop("compute_entropy", False)
+        left_out = ("model", "batch_size")  # the batch size changes no value
+        key = {k: v for k, v in request.items() if k not in left_out and v is not None and v is not False}
+        key["state"] = _state(self.model)
+        cut = self._shared.find(key)
+        auxiliary = None
+        if cut is None:
+            logp, entropy, auxiliary = real(**request, compute_entropy=True)
+            if not logp.requires_grad:  # a reference that is the model without its adapters
+                return logp, entropy if entropies else None, auxiliary
+            cut = self._shared.cut(key, logp, entropy)
+        return cut.leaf, cut.entropies if entropies else None, auxiliary
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        # Trainer.training_step ends in accelerator.backward(loss), with no hook before it
-        self._follow_frozen()
-        self._shared, self._group_ids = SharedForward(model, self.model, self.model_wrapped), None
-        try:
-            with _replaced(self.accelerator, backward=self._accumulate):
-                return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
-        finally:
-            self._shared = None
+    def _watched(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+        """The most derived class's loss, in training evaluated so that `_accumulate` can take it apart."""
 
-    def _accumulate(self, loss: Tensor, **_: Any) -> None:
-        assert self._shared is not None
+        def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return compute_loss(model, inputs, *args, **kwargs)
+            self._follow_frozen()
+            dtype = total_dtype(next(p for p in self.model.parameters() if p.requires_grad))
+            self._shared = shared = SharedForward(self.accelerator.device, dtype)
+            self._pending = shared, _carried(inputs)
+            inputs = {key: value for key, value in inputs.items() if key not in (_GROUP_IDS, _TEXTS)}
+            inputs["advantages"] = shared.advantages(inputs["advantages"])
+            try:
+                return compute_loss(model, inputs, *args, **kwargs)
+            finally:
+                self._shared = None
+                for values in self._metrics["train"].values():  # beta may have been logged
+                    values[:] = [v.item() if isinstance(v, Tensor) else v for v in values]
+
+        return watched
+
+    def _accumulate(self, loss: Tensor, **kwargs: Any) -> None:
+        """In place of `accelerator.backward`."""
         assert self.method is not None
-        logp, plasticity, stability = self._shared.cotangents(loss)
-        if self._group_ids is None or len(self._group_ids) != len(logp):
-            raise ValueError(
-                f"compute_loss: {type(self).__name__} gives a loss of {len(logp)} responses, whose groups are not "
-                f"known; drop or repeat rows of all tensors in `inputs` alike, {_GROUP_IDS!r} included"
+        if self._pending is None:
+            trained = {id(p) for p in self.model.parameters()}
+            if any(id(leaf) in trained for leaf in leaves(loss)):
+                raise ValueError("loss: it trains the model and does not come from self.compute_loss(model, inputs)")
+            type(self.accelerator).backward(self.accelerator, loss, **kwargs)
+            return
+        (shared, carried), self._pending = self._pending, None
+        loss = loss / self.accelerator.gradient_accumulation_steps
+        streams = shared.streams(loss, self.model, sharded=self.is_fsdp_enabled, beta=self._beta)
+        if streams is not None:
+            request = streams.cut.request
+            ids, mask, kept = request["input_ids"], request["attention_mask"], request["logits_to_keep"]
+            rows = {"prompt_ids": ids[:, :-kept], "prompt_mask": mask[:, :-kept], "completion_ids": ids[:, -kept:]}
+            rows["pixel_values"] = request.get("pixel_values")
+            group_ids = self._with_groups(rows, *carried)[_GROUP_IDS]
+            self.method.accumulate_cotangents(
+                streams.cut.logp, streams.plasticity, streams.stability, group_ids=group_ids
             )
-        self.method.accumulate_cotangents(logp, plasticity, stability, group_ids=self._group_ids)
-        if self.accelerator.sync_gradients:
+            self._accumulated = True
+        elif self.accelerator.num_processes > 1:
+            raise ValueError(
+                "loss: it does not depend on the model, and on several processes all take part in a step; return 0 * "
+                "loss to leave a micro-batch out"
+            )
+        if self.accelerator.sync_gradients and self._accumulated:
+            self._accumulated = False
             self._resolve(self.method)
 
     def _resolve(self, method: PCR) -> None:
@@ -333,55 +376,35 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             self._bind(self.model_wrapped).load_state_dict(state)
 
 
+def _carried(batch: dict[str, Any]) -> tuple[list[Text], list[int]]:
+    """Texts and groups that came with a batch; none where they do not belong together."""
+    known, ids = batch.get(_TEXTS), batch.get(_GROUP_IDS)
+    if known is None or ids is None or len(known) != len(ids):
+        return [], []
+    return [(prompt, response) for prompt, response in known.tolist()], ids.tolist()
+
+
+def _state(model: Any) -> list[Any]:
+    """What decides on a model's output besides its weights: dropout, and which adapters are on."""
+    adapters = [m for m in model.modules() if hasattr(m, "_disable_adapters")]  # of PEFT
+    return [model.training, *((m._disable_adapters, m._active_adapter) for m in adapters)]
+
+
 def _trained(model: Any) -> tuple[bool, ...]:
     return tuple(parameter.requires_grad for parameter in model.parameters())
 
 
-def prompt_groups(batch: dict[str, Any]) -> Tensor:
-    """A number for each different prompt of a generation batch, by its tokens."""
-    if any(batch.get(key) is not None for key in ("pixel_values", "num_images", "image_grid_thw")):
-        raise ValueError(
-            "groups: rows of a generation batch with pictures were dropped or repeated, and prompts with the same text "
-            f"may show other ones; give {_GROUP_IDS!r} with the batch"
-        )
-    prompts = batch["prompt_ids"].masked_fill(batch["prompt_mask"] == 0, -1)
-    found: Tensor = torch.unique(prompts, dim=0, return_inverse=True)[1]
-    return found
-
-
-def _fits(batch: dict[str, Any], group_ids: Any) -> bool:
-    """Whether rows of one group have one prompt, and there is an id for every row."""
-    prompts = batch["prompt_ids"].masked_fill(batch["prompt_mask"] == 0, -1)
-    if not isinstance(group_ids, Tensor) or group_ids.shape != prompts.shape[:1]:
-        return False
-    _, index = torch.unique(group_ids, return_inverse=True)
-    first = torch.full((int(index.max()) + 1,), len(index), device=index.device).scatter_reduce(
-        0, index, torch.arange(len(index), device=index.device), "amin"
-    )
-    return bool((prompts == prompts[first[index]]).all())
-
-
-def shuffle_groups(batch: dict[str, Any], group_ids: Tensor) -> dict[str, Any]:
-    """All sequences of a generation batch in a random order of groups, each group's responses together."""
-    ids = torch.unique(group_ids)
-    order = ids[torch.randperm(len(ids)).to(ids.device)]
-    rows = torch.cat([torch.nonzero(group_ids == q).flatten() for q in order])
-
-    def permute(value: Any) -> Any:
-        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
-            return value
-        return value[rows.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in rows.tolist()]
-
-    return {key: permute(value) for key, value in batch.items()}
-
-
 @contextmanager
-def _replaced(accelerator: Any, **methods: Callable[..., Any]) -> Iterator[None]:
-    """The accelerator with other methods."""
-    for name, method in methods.items():
-        setattr(accelerator, name, method)
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """An object (or module) with other attributes of its own."""
+    before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for name in methods:
-            delattr(accelerator, name)
+        for name in attributes:
+            if name in before:
+                setattr(owner, name, before[name])
+            else:
+                delattr(owner, name)
