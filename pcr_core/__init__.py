@@ -20,6 +20,7 @@ from pcr_core.rules import (
     PCGrad,
     Rule,
     make_rule,
+    needs_noise,
 )
 from pcr_core.statistics import (
     BlockStatistics,
@@ -60,6 +61,7 @@ __all__ = [
     "grpo_objective",
     "make_rule",
     "merge",
+    "needs_noise",
     "resolve",
     "snr_alpha",
     "soft_projection",

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal
 
 from pcr_core._erfc import erfc
 from pcr_core._namespace import ArrayT, common_namespace, require_floating, require_shape
-from pcr_core.statistics import BlockStatistics
+from pcr_core.statistics import BlockStatistics, require_noise
 
 AlphaKind = Literal["variance", "snr"]
 Gate = Literal["sign", "probability"]
@@ -31,10 +31,10 @@ class Weights(Generic[ArrayT]):
         alpha: fraction of the conflicting component that is removed, before the gate and the cap; in [0, 1].
         cosine: cos(P, S); 0 where either vanishes.
         conflict: boolean, whether the rule saw a conflict.
-        conflict_probability: P(c < 0) when c = P.S is as noisy as the variances say.
+        conflict_probability: P(c < 0) when c = P.S is as noisy as the variances say; None where they are not known.
         removed: |removed part of P| / |P|: of a projection |b' S|/|P|, b' the addition to S's own weight; of MGDA,
             which lets a P through, 1 - a. With a prior, P is the posterior mean.
-        plasticity_nsr: noise-to-signal ratio v_p/|P|^2; infinite for pure noise.
+        plasticity_nsr: noise-to-signal ratio v_p/|P|^2; infinite for pure noise, None where v_p was not measured.
         stability_nsr: v_s/|S|^2.
         finite: boolean, whether all statistics were finite, and of a resolved update whether it is, in its dtype. Where
             statistics are not, a and b are NaN in rules that use them.
@@ -45,16 +45,23 @@ class Weights(Generic[ArrayT]):
     alpha: ArrayT
     cosine: ArrayT
     conflict: ArrayT
-    conflict_probability: ArrayT
+    conflict_probability: ArrayT | None
     removed: ArrayT
-    plasticity_nsr: ArrayT
-    stability_nsr: ArrayT
+    plasticity_nsr: ArrayT | None
+    stability_nsr: ArrayT | None
     finite: ArrayT
+
+
+NOISE = ("plasticity_var", "stability_var", "covariance")
 
 
 def check_statistics(stats: BlockStatistics[Any]) -> Any:
     """The namespace of valid statistics; TypeError or ValueError naming the field otherwise."""
     named = {name: getattr(stats, name) for name in BlockStatistics.__dataclass_fields__}
+    absent = [name for name in NOISE if named[name] is None]
+    if absent and len(absent) < len(NOISE):
+        raise ValueError(f"statistics: {absent[0]} is None and others of {NOISE} are not; give all of them or none")
+    named = {name: value for name, value in named.items() if name not in absent}
     xp = common_namespace(**named)
     require_floating(xp, **named)
     require_shape((None,), "one number a block", plasticity_sq=stats.plasticity_sq)
@@ -77,8 +84,9 @@ def one_absent(stats: BlockStatistics[Any]) -> Any:
 def variance_alpha(stats: BlockStatistics[ArrayT]) -> ArrayT:
     """V_p/(V_p + V_s), the paper's (Proposition 4.1); 1/2 where both are 0."""
     xp = check_statistics(stats)
-    vp: Any = stats.plasticity_var
-    alpha: ArrayT = ratio(xp, vp, vp + stats.stability_var, empty=0.5)
+    vp: Any
+    vp, vs, _ = require_noise(stats, "alpha='variance'")
+    alpha: ArrayT = ratio(xp, vp, vp + vs, empty=0.5)
     return alpha
 
 
@@ -87,8 +95,9 @@ def snr_alpha(stats: BlockStatistics[ArrayT]) -> ArrayT:
     xp = check_statistics(stats)
     p2: Any = stats.plasticity_sq
     s2: Any = stats.stability_sq
-    vp: Any = stats.plasticity_var
-    vs: Any = stats.stability_var
+    vp: Any
+    vs: Any
+    vp, vs, _ = require_noise(stats, "alpha='snr'")
     # products of fractions: |S|^2 v_p itself can leave float32
     stability = ratio(xp, s2, p2 + s2) * ratio(xp, vp, vp + vs)
     plasticity = ratio(xp, p2, p2 + s2) * ratio(xp, vs, vp + vs)
@@ -99,10 +108,11 @@ def snr_alpha(stats: BlockStatistics[ArrayT]) -> ArrayT:
 def conflict_probability(stats: BlockStatistics[ArrayT], c: ArrayT) -> ArrayT:
     """P(c' < 0) for c' ~ N(c, (v_p |S|^2 + v_s |P|^2 + v_p v_s)/d); a step at 0 where nothing is uncertain."""
     xp = check_statistics(stats)
+    noise = require_noise(stats, "the probability of a conflict")
     # standard deviation by parts, each the square root of a product taken factor by factor, so that none overflows
     d = xp.sqrt(stats.size)
     p, s = (_root(xp, sq) / d for sq in (stats.plasticity_sq, stats.stability_sq))
-    up, us = (_root(xp, v) for v in (stats.plasticity_var, stats.stability_var))
+    up, us = (_root(xp, v) for v in noise[:2])
     parts = xp.stack((up * s, us * p, up * us / d))
     scale = xp.max(parts, axis=0)
     noisy = scale > 0
@@ -152,14 +162,14 @@ def soft_projection(
     xp = check_statistics(stats)
     s2: Any = stats.stability_sq
     dot: Any = stats.dot
-    c = dot - stats.covariance if conflict == "debiased" else dot
+    c = dot - require_noise(stats, "conflict='debiased'")[2] if conflict == "debiased" else dot
     if alpha == "variance":
         fraction = variance_alpha(stats)
     elif alpha == "snr":
         fraction = snr_alpha(stats)
     else:
         fraction = xp.zeros_like(s2) + alpha
-    probability: Any = conflict_probability(stats, c)
+    probability: Any = conflict_probability(stats, c) if stats.has_noise or gate == "probability" else None
     # of totals that cancel to nothing, noise that both streams share is left: no conflict
     opposed = (c < 0) & ~one_absent(stats)
     gated = fraction * (probability if gate == "probability" else xp.astype(opposed, dot.dtype))
@@ -194,7 +204,7 @@ def report(
     p2: Any = stats.plasticity_sq
     s2: Any = stats.stability_sq
     dot: Any = stats.dot
-    sums = (p2, s2, dot, stats.plasticity_var, stats.stability_var, stats.covariance)
+    sums = [p2, s2, dot, *(getattr(stats, name) for name in NOISE if stats.has_noise)]
     finite = xp.all(xp.isfinite(xp.stack(sums)), axis=0)  # a sum of them could overflow
     if needs_statistics:
         nan = xp.full_like(p2, math.nan)
@@ -206,7 +216,9 @@ def report(
         alpha=alpha,
         cosine=xp.clip(cosine, -1.0, 1.0),
         conflict=dot < 0 if conflict is None else conflict,
-        conflict_probability=conflict_probability(stats, dot) if probability is None else probability,
+        conflict_probability=conflict_probability(stats, dot)
+        if probability is None and stats.has_noise
+        else probability,
         removed=xp.zeros_like(p2) if removed is None else removed,
         plasticity_nsr=_noise_to_signal(xp, stats.plasticity_var, p2),
         stability_nsr=_noise_to_signal(xp, stats.stability_var, s2),
@@ -215,4 +227,6 @@ def report(
 
 
 def _noise_to_signal(xp: Any, v: Any, sq: Any) -> Any:
+    if v is None:
+        return None
     return xp.where((sq == 0) & (v != 0), v + math.inf, ratio(xp, v, sq))  # a NaN stays one

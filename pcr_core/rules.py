@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 
 from pcr_core._namespace import ArrayT
 from pcr_core._numbers import is_number
@@ -27,12 +27,16 @@ from pcr_core.projection import (
     report,
     soft_projection,
 )
-from pcr_core.statistics import BlockStatistics
+from pcr_core.statistics import BlockStatistics, require_noise
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """Anything that turns statistics, shapes (blocks,), into weights of the two totals."""
+    """Anything that turns statistics, shapes (blocks,), into weights of the two totals.
+
+    A rule may say by an attribute `needs_noise` of False that it does without v_p, v_s and v_ps, which then need not be
+    measured; see `needs_noise`.
+    """
 
     def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]: ...
 
@@ -84,6 +88,12 @@ class PCR:
                 "noise in the filtered means. Use FlatPrior() or ShrinkagePrior()"
             )
 
+    @property
+    def needs_noise(self) -> bool:
+        """False for a number as alpha with the sign gate, the raw conflict and the flat prior, as by default."""
+        plain = self.gate == "sign" and self.conflict == "raw" and isinstance(self.prior, FlatPrior)
+        return isinstance(self.alpha, str) or not plain
+
     @classmethod
     def paper(cls, *, update: Update = "anchored") -> PCR:
         """The paper's setting: no cap, flat prior, sign gate, alpha from variances; `update` as named."""
@@ -93,6 +103,7 @@ class PCR:
         self, stats: BlockStatistics[ArrayT], previous: tuple[ArrayT, ArrayT] | None = None
     ) -> tuple[Posterior[ArrayT], Posterior[ArrayT]]:
         """Posterior of both streams; `previous` holds their last variances, for TemporalPrior only."""
+        vp, vs, _ = require_noise(stats, type(self.prior).__name__)
         if isinstance(self.prior, TemporalPrior):
             if previous is None:
                 raise ValueError(
@@ -100,12 +111,12 @@ class PCR:
                     "variances (infinite at the first step) as `previous`"
                 )
             return (
-                self.prior.posterior(stats.plasticity_var, previous_variance=previous[0]),
-                self.prior.posterior(stats.stability_var, previous_variance=previous[1]),
+                self.prior.posterior(vp, previous_variance=previous[0]),
+                self.prior.posterior(vs, previous_variance=previous[1]),
             )
         return (
-            self.prior.posterior(stats.plasticity_sq, stats.plasticity_var),
-            self.prior.posterior(stats.stability_sq, stats.stability_var),
+            self.prior.posterior(stats.plasticity_sq, vp),
+            self.prior.posterior(stats.stability_sq, vs),
         )
 
     def project(self, means: BlockStatistics[ArrayT]) -> Weights[ArrayT]:
@@ -134,7 +145,7 @@ class PCR:
             dot=gp * gs * stats.dot,
             plasticity_var=p.variance,
             stability_var=s.variance,
-            covariance=gp * gs * stats.covariance,
+            covariance=gp * gs * require_noise(stats, type(self.prior).__name__)[2],
         )
         raw = GRPO()(stats)
         w = self.project(means)
@@ -152,6 +163,8 @@ class PCR:
 class GRPO:
     """The plain sum P + S: what GRPO does."""
 
+    needs_noise: ClassVar[bool] = False
+
     def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
         return _constant(stats, plasticity=1.0, stability=1.0)
 
@@ -159,6 +172,8 @@ class GRPO:
 @dataclass(frozen=True)
 class NoAnchor:
     """P alone in the blocks: no KL pull there, not even where P is zero."""
+
+    needs_noise: ClassVar[bool] = False
 
     def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
         return _constant(stats, plasticity=1.0, stability=0.0)
@@ -168,6 +183,8 @@ class NoAnchor:
 class HardProjection:
     """One-sided PCGrad: P loses its whole component along S in conflict, and S is added."""
 
+    needs_noise: ClassVar[bool] = False
+
     def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
         return soft_projection(stats, alpha=1.0)
 
@@ -175,6 +192,8 @@ class HardProjection:
 @dataclass(frozen=True)
 class FixedAlpha:
     """Soft projection with a constant alpha in [0, 1], without a cap."""
+
+    needs_noise: ClassVar[bool] = False
 
     alpha: float = 0.5
 
@@ -188,6 +207,8 @@ class FixedAlpha:
 @dataclass(frozen=True)
 class PCGrad:
     """Both gradients projected on the other's normal plane in conflict (Yu et al. 2020, two tasks)."""
+
+    needs_noise: ClassVar[bool] = False
 
     def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
         xp = check_statistics(stats)
@@ -206,6 +227,8 @@ class MGDA:
     that is trained begins at its reference, with S = 0. From then on S counts however weak it is, and the update is
     never longer than S: with a small beta MGDA hardly moves, which is the rule's own.
     """
+
+    needs_noise: ClassVar[bool] = False
 
     def __call__(self, stats: BlockStatistics[ArrayT], /) -> Weights[ArrayT]:
         xp = check_statistics(stats)
@@ -231,6 +254,16 @@ def _check_alpha(alpha: Any, named: tuple[str, ...] = ()) -> None:
         return
     options = ", ".join(repr(name) for name in named)
     raise ValueError(f"alpha: expected {options + ' or ' if options else ''}a number in [0, 1], got {alpha!r}")
+
+
+def needs_noise(rule: Rule) -> bool:
+    """Whether a rule reads the noise of the gradients; true of one that does not say.
+
+    Example:
+        >>> needs_noise(PCR()), needs_noise(PCR(alpha="snr")), needs_noise(GRPO())
+        (False, True, False)
+    """
+    return bool(getattr(rule, "needs_noise", True))
 
 
 def require_rule(rule: Any) -> None:

@@ -30,6 +30,8 @@ Strata = Literal["group", "batch"]
 class BlockStatistics(Generic[ArrayT]):
     """Sums over the coordinates of each block; every attribute has shape (blocks,) and one wide dtype.
 
+    The three attributes of the noise are None, all of them, where it was not measured; a 0 is a measurement.
+
     Attributes:
         plasticity_sq: |P|^2, P the total plasticity gradient.
         stability_sq: |S|^2, S the total stability gradient, beta included.
@@ -43,10 +45,15 @@ class BlockStatistics(Generic[ArrayT]):
     plasticity_sq: ArrayT
     stability_sq: ArrayT
     dot: ArrayT
-    plasticity_var: ArrayT
-    stability_var: ArrayT
-    covariance: ArrayT
+    plasticity_var: ArrayT | None
+    stability_var: ArrayT | None
+    covariance: ArrayT | None
     size: ArrayT
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether the noise was measured."""
+        return self.plasticity_var is not None
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,23 @@ def merge(first: Mergeable, *others: Mergeable) -> Mergeable:
     for other in others:
         if type(other) is not type(first):
             raise TypeError(f"merge: expected {type(first).__name__}, got {type(other).__name__}")
-        merged = type(first)(*(getattr(merged, f.name) + getattr(other, f.name) for f in fields(first)))
+        if [f.name for f in fields(first) if getattr(merged, f.name) is None] != [
+            f.name for f in fields(first) if getattr(other, f.name) is None
+        ]:
+            raise ValueError("merge: the noise was measured in some of these and not in others")
+        pairs = [(getattr(merged, f.name), getattr(other, f.name)) for f in fields(first)]
+        merged = type(first)(*(None if one is None else one + two for one, two in pairs))
     return merged
+
+
+def require_noise(stats: BlockStatistics[ArrayT], who: str) -> tuple[ArrayT, ArrayT, ArrayT]:
+    """v_p, v_s and v_ps; ValueError that names who needs them where they were not measured."""
+    noise = (stats.plasticity_var, stats.stability_var, stats.covariance)
+    if noise[0] is None or noise[1] is None or noise[2] is None:
+        raise ValueError(
+            f"statistics: {who} needs the gradients' noise, which was not measured (plasticity_var is None)"
+        )
+    return noise[0], noise[1], noise[2]
 
 
 def stratified_covariance(response_dot: ArrayT, stratum_dot: ArrayT, stratum_ids: ArrayT) -> ArrayT:

@@ -138,8 +138,9 @@ def _complete(
     if not isinstance(statistics, (Scatter, BlockStatistics)):
         raise TypeError(f"statistics: expected a pcr_core.Scatter or BlockStatistics, got {type(statistics).__name__}")
     expected = (len(blocks.names),)
-    if tuple(statistics.plasticity_var.shape) != expected:
-        got = tuple(statistics.plasticity_var.shape)
+    noise: Any = statistics.plasticity_var
+    if noise is not None and tuple(noise.shape) != expected:
+        got = tuple(noise.shape)
         raise ValueError(f"statistics: expected arrays of shape {expected}, one number a block, got {got}")
     check_floating(statistics, "statistics")
     statistics = jax.tree.map(jnp.asarray, statistics)

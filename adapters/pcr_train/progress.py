@@ -74,10 +74,12 @@ def block_columns(
         "plasticity_sq": statistics.plasticity_sq.tolist(),
         "stability_sq": statistics.stability_sq.tolist(),
         "dot": statistics.dot.tolist(),
-        "plasticity_var": statistics.plasticity_var.tolist(),
-        "stability_var": statistics.stability_var.tolist(),
-        "covariance": statistics.covariance.tolist(),
+        **{name: _list(getattr(statistics, name)) for name in ("plasticity_var", "stability_var", "covariance")},
     }
+
+
+def _list(values: Any) -> Any:
+    return None if values is None else values.tolist()
 
 
 class StepLine:

@@ -209,9 +209,10 @@ def _unclipped_gain(stats: Stats, rule: Rule) -> Decision:
 
 def _wrong_tail(stats: Stats, rule: Rule) -> Decision:
     w = rule(stats)
+    found: Any = w.conflict_probability
     if not (isinstance(rule, pcr.PCR) and rule.gate == "probability"):
-        return replace(w, conflict_probability=1 - w.conflict_probability)
-    chance = np.clip(w.conflict_probability, 1e-9, 1)
+        return replace(w, conflict_probability=1 - found)
+    chance = np.clip(found, 1e-9, 1)
     return replace(w, stability=1 + (w.stability - 1) / chance * (1 - chance))
 
 

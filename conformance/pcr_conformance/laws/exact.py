@@ -78,7 +78,8 @@ def weights_are_exact(adapter: Adapter, case: Case, dtype: str, rule: Rule) -> N
         if rule in (pcr_core.GRPO(), pcr_core.PCR(alpha="variance")):
             chance = float(oracle.conflict_probability(stats, stats.c))
             within = enclosure.conflict_probability(given, given.c)
-            enclosed(law, "conflict_probability", w.conflict_probability[i], chance, within)
+            found: Any = w.conflict_probability
+            enclosed(law, "conflict_probability", found[i], chance, within)
         assert w.finite[i], f"{law}: flagged as not finite"
         enclosed(law, "cosine", w.cosine[i], _cosine(stats), _enclosed_cosine(given))
 

@@ -15,6 +15,7 @@ from pcr_conformance.laws.checks import as_seen, close, same_bits
 from pcr_conformance.laws.exact import exact_statistics
 from pcr_conformance.tolerances import combination_bound, outcomes, update_bounds
 from pcr_core import BlockStatistics, Rule
+from pcr_core.statistics import require_noise
 
 
 def no_conflict_is_the_plain_sum(adapter: Adapter, case: Case, dtype: str, rule: Rule) -> None:
@@ -63,9 +64,10 @@ def alpha_is_a_fraction(adapter: Adapter, case: Case, dtype: str, kind: str) -> 
     )
     allowed = _alpha_widths(adapter, stats, kind) + _alpha_widths(adapter, swapped, kind)
     close(law, "alpha + alpha of the swapped streams", alpha + adapter.weights(swapped, rule).alpha, 1.0, allowed)
-    noisier = adapter.weights(replace(stats, plasticity_var=4 * stats.plasticity_var), rule).alpha
-    steadier = adapter.weights(replace(stats, stability_var=4 * stats.stability_var), rule).alpha
-    inside = (alpha > 1e-3) & (alpha < 1 - 1e-3) & (stats.plasticity_var > 0) & (stats.stability_var > 0)
+    vp, vs, _ = require_noise(stats, law)
+    noisier = adapter.weights(replace(stats, plasticity_var=4 * vp), rule).alpha
+    steadier = adapter.weights(replace(stats, stability_var=4 * vs), rule).alpha
+    inside = (alpha > 1e-3) & (alpha < 1 - 1e-3) & (vp > 0) & (vs > 0)
     if kind == "snr":
         inside &= (stats.plasticity_sq > 0) & (stats.stability_sq > 0)
     assert ((noisier > alpha) | ~inside).all(), f"{law}: more noise in P took alpha from {alpha} to {noisier}"

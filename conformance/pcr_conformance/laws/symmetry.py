@@ -17,6 +17,7 @@ from pcr_conformance.laws.exact import exact_statistics
 from pcr_conformance.rounding import gamma, unit_roundoff
 from pcr_conformance.tolerances import errors, update_bounds
 from pcr_core import BlockStatistics, Rule, Scatter
+from pcr_core.statistics import require_noise
 
 
 def rotation_goes_through(adapter: Adapter, case: Case, dtype: str, rule: Rule, seed: int) -> None:
@@ -70,7 +71,8 @@ def scale_goes_through(adapter: Adapter, case: Case, dtype: str, rule: Rule, pow
     same_bits(law, f"update scaled by {t}", adapter.resolve(both, rule, dtype).update, t * base.update)
 
     louder = case.with_(stability=t * case.stability)
-    scaled = replace(base.statistics, stability_var=t * t * base.statistics.stability_var)
+    noise: Any = base.statistics.stability_var
+    scaled = replace(base.statistics, stability_var=t * t * noise)
     alpha = adapter.resolve(louder, pcr_core.PCR(alpha="variance"), dtype).weights.alpha
     for i, stats in enumerate(exact_statistics(scaled)):
         exact = float(oracle.retention_complement("variance", stats))
@@ -127,7 +129,7 @@ def shards_add_up(adapter: Adapter, case: Case, dtype: str, seed: int) -> None:
 
 
 def _scatter(stats: BlockStatistics[Any]) -> Scatter[Floats]:
-    return Scatter(stats.plasticity_var, stats.stability_var, stats.covariance)
+    return Scatter(*require_noise(stats, "merge"))
 
 
 def _rows(case: Case, rows: Integers) -> Case:
