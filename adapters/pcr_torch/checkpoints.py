@@ -29,6 +29,7 @@ def save(trainer: Any, folder: str) -> None:
         "step": trainer._step,
         "settings": settings,
         "weights": weights.digests(trainer.model),
+        "reference": _reference(trainer),
     }
     os.makedirs(folder, exist_ok=True)
     if trainer.args.should_save:
@@ -51,8 +52,9 @@ def load(trainer: Any, folder: str) -> dict[str, Any]:
     if not trainer.is_fsdp_enabled:
         _refuse_incomplete(folder)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if "settings" not in state or "weights" not in state:
+    if not {"settings", "weights", "reference"} <= state.keys():
         raise ValueError(f"checkpoint: {path} was written by an earlier version")
+    weights.refuse_other_reference(trainer.model, trainer.ref_model, folder, state["reference"])
     saved, now = state["settings"], _settings(trainer)
     done, within = divmod(state["step"], _cycle(saved))
     for name in saved:
@@ -80,7 +82,7 @@ def restore_weights(trainer: Any, folder: str) -> None:
     path = os.path.join(folder, _STATE_FILE)
     if os.path.exists(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        weights.restore(trainer.model, folder, state.get("weights"))
+        weights.restore(trainer.model, folder, state.get("weights", {}))
 
 
 def refuse_damaged(folder: str) -> None:
@@ -145,6 +147,15 @@ def _settings(trainer: Any) -> dict[str, int]:
 def _cycle(settings: dict[str, int]) -> int:
     """Micro-batches that one generation batch serves."""
     return settings["steps_per_generation"] * settings["num_iterations"]
+
+
+def _reference(trainer: Any) -> dict[str, str]:
+    """Digests of the reference model, which stays as it is; where it does not, no checkpoint can be resumed."""
+    if trainer.reference_digests is None:
+        moves = trainer.args.sync_ref_model
+        trainer.reference_digests = {} if moves else weights.reference_digests(trainer.model, trainer.ref_model)
+    digests: dict[str, str] = trainer.reference_digests
+    return digests
 
 
 def _rollouts(trainer: Any, folder: str) -> str:

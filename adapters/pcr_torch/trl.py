@@ -146,6 +146,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         )
         self._accumulated = False  # whether this step has a micro-batch
         self._generated: list[Text] = []
+        self.reference_digests: dict[str, str] | None = None  # taken at the first checkpoint
         super().__init__(*args, **kwargs)
         refuse_trainer(self)
         self.method: PCR | None = None
@@ -366,8 +367,12 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         checkpoints.restore_weights(self, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if not os.path.isdir(best):
+            raise ValueError(f"load_best_model_at_end: {best}, which holds the best model, is not there any more")
+        checkpoints.refuse_damaged(best)
         super()._load_best_model()
-        checkpoints.restore_weights(self, self.state.best_model_checkpoint)
+        checkpoints.restore_weights(self, best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -56,6 +56,8 @@ def test_resumed_training_equals_uninterrupted(sharding: str, ranks: list[Any]) 
         shapes = {name: tuple(p.shape) for name, p in case["got"]["parameters"].items()}
         assert case["saved"] == {name: ("Tensor", shapes[name]) for name in case["saved"]}
         assert len(case["saved"]) == 6
+        assert case["digests"] == {"weights": len(shapes), "reference": len(shapes)}
+        assert "1 of 21 weights are not those that were saved" in case["refused"]
 
 
 def test_ranks_agree(ranks: list[Any]) -> None:

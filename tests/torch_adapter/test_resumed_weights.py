@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_owners import llava
 from test_trl import train
@@ -55,7 +56,6 @@ def test_every_weight_comes_back_bit_for_bit(make: Callable[[], Any], dtype: tor
     torch.manual_seed(1)
     trained = make().to(dtype)
     saved = weights.digests(trained)
-    assert saved is not None
     trained.save_pretrained(tmp_path)
     torch.manual_seed(2)
     resumed = make().to(dtype)
@@ -75,6 +75,76 @@ def test_weights_that_no_file_holds_are_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 of 21 weights are not those.*layers\.0\.mlp\.up_proj\.weight"):
         weights.restore(llama(), str(tmp_path), saved)
+
+
+class Counting(LlamaForCausalLM):  # type: ignore[misc]
+    """A model with a buffer that is saved, as running means are, and one that is not."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("seen", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("scratch", torch.rand(3), persistent=False)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_persistent_buffers_come_back_too(kept: bool, tmp_path: Path) -> None:
+    trained = Counting(LlamaConfig(**_SMALL))
+    trained.seen += 5
+    saved = weights.digests(trained)
+    assert "seen" in saved
+    assert "scratch" not in saved
+    trained.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if not kept:
+        del tensors["seen"]
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    resumed = Counting(LlamaConfig(**_SMALL))
+    resumed.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "seen"}, strict=False)
+    if kept:
+        weights.restore(resumed, str(tmp_path), saved)
+        assert torch.equal(resumed.seen, trained.seen)
+    else:
+        with pytest.raises(ValueError, match=r"1 of 22 weights are not those .* such as seen"):
+            weights.restore(resumed, str(tmp_path), saved)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["a reference model", "the model without its adapters"])
+def test_another_reference_is_refused(lora: bool, folder: Path, tmp_path: Path) -> None:
+    """The folder that both models come from is changed between the runs, where no checkpoint has a copy."""
+    start = tmp_path / "start"
+    shutil.copytree(folder, start)
+    options = {"save_strategy": "steps", "save_steps": 1}
+    options["peft_config"] = LoraConfig(r=2, target_modules=["up_proj"]) if lora else None
+    train(PCRTrainer, PCRConfig, start, tmp_path / "run", max_steps=1, **options)
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    _, gradients = train(PCRTrainer, PCRConfig, start, tmp_path / "run", resume=checkpoint, max_steps=2, **options)
+    assert len(gradients.steps) == 1
+    changed = load_file(start / "model.safetensors")
+    changed["model.layers.1.mlp.down_proj.weight"] *= 1.5
+    save_file(changed, start / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"reference model: 1 of its .*layers\.1\.mlp\.down_proj"):
+        train(PCRTrainer, PCRConfig, start, tmp_path / "run", resume=checkpoint, max_steps=3, **options)
+
+
+def test_the_best_model_is_the_one_that_was_saved(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded when training ends, of names that the trainer by itself does not know; or told to be missing."""
+    monkeypatch.setattr("test_trl.LlamaForCausalLM", MixtralForCausalLM)
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "router_aux_loss_coef": 0.0}
+
+    def best(trainer: Any) -> Any:
+        trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+        trainer._load_best_model()
+        return weights.digests(trainer.model)
+
+    trainer, _ = train(PCRTrainer, PCRConfig, mixture, tmp_path, **options)
+    last = weights.digests(trainer.model)
+    saved = torch.load(tmp_path / "checkpoint-1" / "pcr_state.pt", weights_only=True)["weights"]
+    assert best(trainer) == saved != last
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"load_best_model_at_end: .*checkpoint-1.* is not there any more"):
+        best(trainer)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,31 @@ def resumed(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
     settings |= {"per_device_train_batch_size": GROUP}  # four steps an epoch: the checkpoint lies within one
     whole_run = run(PCRTrainer, PCRConfig, folder, out / "whole", **settings)
     rest = run(PCRTrainer, PCRConfig, folder, out / "rest", resume=str(out / "whole" / "checkpoint-2"), **settings)
-    prior = torch.load(out / "whole" / "checkpoint-2" / "pcr_state.pt", weights_only=True)["method"]["prior"]
-    means = prior["stability"]["mean"]
+    state = torch.load(out / "whole" / "checkpoint-2" / "pcr_state.pt", weights_only=True)
+    means = state["method"]["prior"]["stability"]["mean"]
     return {
         "expected": whole_run,
         "got": rest,
         "saved": {name: (type(mean).__name__, tuple(mean.shape)) for name, mean in means.items()},
+        "digests": {key: len(state[key]) for key in ("weights", "reference")},
+        "refused": refused(folder, out, **settings),
     }
+
+
+def refused(folder: Path, out: Path, **settings: Any) -> str:
+    """What is said of a checkpoint that holds another value of one weight than was saved."""
+    changed = out / "changed"
+    if dist.get_rank() == 0:
+        shutil.copytree(out / "whole" / "checkpoint-2", changed)
+        state = torch.load(changed / "pcr_state.pt", weights_only=True)
+        state["weights"][next(iter(state["weights"]))] = "of another value"
+        torch.save(state, changed / "pcr_state.pt")
+    dist.barrier()
+    try:
+        run(PCRTrainer, PCRConfig, folder, out / "rest", resume=str(changed), **settings)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def run_cases(rank: int, folder: Path, out: Path) -> dict[str, Any]:
