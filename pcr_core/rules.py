@@ -288,6 +288,7 @@ def make_rule(name: str, *, prior: str = "flat", discount: float | None = None, 
 
     Raises:
         ValueError: an unknown name, or an option that the rule does not have.
+        TypeError: no name.
         ImportError: of the module of your own rule.
 
     Example:
@@ -298,6 +299,8 @@ def make_rule(name: str, *, prior: str = "flat", discount: float | None = None, 
         ...
         ValueError: rule 'grpo' has no option 'alpha'
     """
+    if not isinstance(name, str):
+        raise TypeError(f"rule: expected a name, one of {RULES} or module:name, got {name!r}")
     if prior not in PRIORS:
         raise ValueError(f"prior: expected one of {PRIORS}, got {prior!r}")
     if discount is not None and prior != "temporal":

@@ -23,7 +23,6 @@ def refuse_beta(config: Any) -> None:
 
 def refuse_config(config: Any) -> None:
     """ValueError for settings of a `PCRConfig` that are known to be wrong before any model is loaded."""
-    refuse_beta(config)  # options may be set after a config was made
     if config.enable_jit_checkpoint:
         raise ValueError("enable_jit_checkpoint: it saves within a step, from where a run does not go on as it was")
     if config.deepspeed is not None:

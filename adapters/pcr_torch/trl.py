@@ -12,14 +12,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-import pcr_core
-from pcr_core.projection import Conflict, Gate, Update
 from pcr_core.statistics import Strata
 from pcr_torch import checkpoints
 from pcr_torch.blocks import Granularity, select_blocks
@@ -27,91 +24,24 @@ from pcr_torch.groups import Text, owners, shuffle_groups, texts, texts_of
 from pcr_torch.method import PCR, Norms
 from pcr_torch.pullback import total_dtype
 from pcr_torch.report import Report
-from pcr_torch.separability import refuse_beta, refuse_config, refuse_trainer
+from pcr_torch.separability import refuse_config, refuse_trainer
 from pcr_torch.shared_forward import SharedForward
 from pcr_torch.terms import leaves
 
 try:
     import trl.trainer.grpo_trainer as stock
     from accelerate import DistributedType
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
+
+    from pcr_torch.trl_config import PCRConfig
 except ImportError as error:
     raise ImportError("pcr_torch.trl needs TRL 1.16: pip install 'pcr-grpo[trl]'") from error
+
+__all__ = ["PCRConfig", "PCRTrainer"]
 
 _GROUP_IDS, _TEXTS = "pcr_group_ids", "pcr_texts"
 
 _log = logging.getLogger("pcr_torch")
-
-
-@dataclass
-class PCRConfig(GRPOConfig):  # type: ignore[misc]
-    """All options of `trl.GRPOConfig`, and those of PCR. `beta` must be above 0.
-
-    Example:
-        >>> config = PCRConfig(output_dir="out", beta=0.04, rule="pcr", alpha="snr", report_to="none", bf16=False)
-        >>> config.make_rule()
-        PCR(alpha='snr', max_boost=10.0, prior=FlatPrior(), update='anchored', gate='sign', conflict='raw')
-    """
-
-    rule: str = field(default="pcr", metadata={"help": f"Conflict rule: {', '.join(pcr_core.RULES)}, or module:name."})
-    alpha: str | None = field(
-        default=None,
-        metadata={"help": "'variance' (paper), 'snr', or a number in [0, 1]; for pcr and fixed. None: the rule's own."},
-    )
-    max_boost: float | None = field(
-        default=None, metadata={"help": "Largest addition to a block's KL weight, over beta; for pcr. None: 10."}
-    )
-    prior: str = field(default="flat", metadata={"help": f"Prior of both gradients: {', '.join(pcr_core.PRIORS)}."})
-    discount: float | None = field(
-        default=None, metadata={"help": "Forgetting of the temporal prior, in (0, 1]. None: 0.9."}
-    )
-    update: str | None = field(
-        default=None, metadata={"help": "'anchored' (adds the KL gradient; what None is) or 'literal'."}
-    )
-    gate: str | None = field(default=None, metadata={"help": "'sign' (what None is) or 'probability' of the conflict."})
-    conflict: str | None = field(
-        default=None, metadata={"help": "'raw' (what None is) or 'debiased' (without the streams' shared noise)."}
-    )
-    blocks: str = field(default="mlp", metadata={"help": "'mlp', 'all', or a regular expression on parameter names."})
-    granularity: str = field(default="tensor", metadata={"help": "One block per tensor, module, layer or global."})
-    strata: str = field(default="group", metadata={"help": "'group', or 'batch' to allow groups cut to one response."})
-    norms: str = field(default="auto", metadata={"help": "'auto', 'fast' or 'loop', see pcr_torch.PCR."})
-    every: int = field(
-        default=1,
-        metadata={"help": "Measure every K-th step, one backward pass between; one block of all that is trained only."},
-    )
-    log_layers: bool = field(default=False, metadata={"help": "Log the pcr/ metrics of every layer as well."})
-
-    def __post_init__(self) -> None:
-        for name, kind in (("beta", float), ("max_boost", float), ("discount", float), ("every", int)):
-            value = getattr(self, name)
-            if isinstance(value, str):  # as files of settings may hold numbers
-                try:
-                    setattr(self, name, kind(value))
-                except ValueError:
-                    raise ValueError(f"{name}: expected a number, got {value!r}") from None
-        if not isinstance(self.blocks, str):
-            raise TypeError(
-                f"blocks: a config is saved as text, so it takes 'mlp', 'all' or a regular expression, got "
-                f"{self.blocks!r}"
-            )
-        super().__post_init__()
-        self.make_rule()
-        refuse_beta(self)
-        for name, options in (("granularity", Granularity), ("strata", Strata), ("norms", Norms)):
-            if getattr(self, name) not in get_args(options):
-                raise ValueError(f"{name}: expected one of {get_args(options)}, got {getattr(self, name)!r}")
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every: expected an integer >= 1, got {self.every!r}")
-
-    def make_rule(self) -> pcr_core.Rule:
-        """The rule these options describe; ValueError for an option that the rule does not have."""
-        names = ("alpha", "max_boost", "update", "gate", "conflict", "discount")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        for name, choices in (("update", Update), ("gate", Gate), ("conflict", Conflict)):
-            if name in options and options[name] not in get_args(choices):
-                raise ValueError(f"{name}: expected one of {get_args(choices)}, got {options[name]!r}")
-        return pcr_core.make_rule(self.rule, prior=self.prior, **options)
 
 
 class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -138,6 +68,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         config = kwargs.get("args", args[2] if len(args) > 2 else None)
         if not isinstance(config, PCRConfig):
             raise TypeError(f"args: expected a pcr_torch.trl.PCRConfig (with beta > 0), got {type(config).__name__}")
+        config.check()  # options may be set after a config was made
         refuse_config(config)
         self._sampler: Any = None  # of prompts, in training; None for a stream of them
         self._shared: SharedForward | None = None  # while a loss is evaluated

@@ -312,7 +312,7 @@ def config(**options: Any) -> PCRConfig:
         ({"rule": "fixed", "alpha": "variance"}, "alpha: expected a number"),
         ({"discount": 0.5}, "discount: only prior='temporal' has one"),
         ({"every": 0}, "every: expected an integer >= 1"),
-        ({"every": "two"}, "every: expected a number, got 'two'"),
+        ({"every": "two"}, "every: expected an integer, got 'two'"),
         ({"beta": math.inf}, "beta: PCR arbitrates between reward and KL"),
     ],
 )
