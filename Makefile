@@ -11,7 +11,7 @@ PINS := pyproject.toml .ci/constraints.txt .ci/without-dependencies.txt
 
 .DEFAULT_GOAL := help
 EXAMPLES ?= 2000
-.PHONY: help demo test lint unit lowest docs conformance mutation clean
+.PHONY: help demo test lint unit kernels lowest docs conformance mutation clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -19,7 +19,7 @@ help: ## what there is
 demo: $(VENV)/.demo ## train SmolLM2-135M with GRPO + PCR (the paper's alpha) on a reasoning task (about 5 minutes on 2 cores)
 	$(BIN)/pcr-train --model smollm2 --task chain_sum --rule pcr --alpha variance --steps $(STEPS) --seed $(SEED) --out $(OUT)
 
-test: lint lowest docs unit ## everything that CI runs: format, lint, types, site, doctests, tests
+test: lint lowest docs unit kernels ## everything that CI runs: format, lint, types, site, doctests, tests
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
@@ -30,6 +30,10 @@ unit: $(VENV)/.dev ## doctests and tests; SLOW=1 adds the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --doctest-modules \
 		--ignore conformance/pcr_conformance/test_laws.py \
 		$(if $(SLOW),,-m "not slow") pcr_core adapters conformance tests
+
+kernels: $(VENV)/.dev $(VENV)-triton/.ready ## the GPU kernels in Triton's interpreter on a CPU, and whether they compile
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(abspath $(VENV)-triton) \
+		$(BIN)/python -m pytest -q tests/torch_adapter/test_kernels.py
 
 conformance: $(VENV)/.dev ## every law on all of our adapters with EXAMPLES cases each; report in runs/conformance
 	OMP_NUM_THREADS=1 XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/pcr-conformance run \
@@ -71,6 +75,11 @@ $(VENV)-lowest/.ready: $(PINS)
 		numpy==2.1.0 array-api-compat==1.11.1 pytest hypothesis mpmath --editable .
 	@touch $@
 
+# a folder of Triton alone: beside a PyTorch for CPUs it would be tried by libraries that look for it
+$(VENV)-triton/.ready: $(PINS) $(VENV)/bin/python
+	$(PIP) --no-deps --upgrade --target $(VENV)-triton triton
+	@touch $@
+
 $(VENV)-docs/.ready: $(PINS)
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check \
@@ -84,4 +93,4 @@ $(VENV)-mutation/.ready: $(PINS)
 	@touch $@
 
 clean: ## remove the environments and caches, not the runs
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-docs $(VENV)-mutation .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-docs $(VENV)-mutation $(VENV)-triton .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,275 @@
+"""The accelerator's products of gradients against their definition in float64, on whatever device there is.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which `make kernels` installs and switches on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pcr_torch.kernels import Layout, choice, chosen, plain, vector_products, weight_products
+from pcr_torch.products import Products
+from pcr_torch.pullback import PAIRS
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUNS = find_spec("triton") is not None and (DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+triton_only = pytest.mark.skipif(not RUNS, reason="needs triton, and a GPU or TRITON_INTERPRET=1 (make kernels)")
+WAYS = [pytest.param("triton", marks=triton_only), "plain torch", "token Grams"]
+
+# owners of rows: two unequal groups of equal responses; a packed row with padding and an empty response; rows mixed
+EVEN = ([i for i in range(5) for _ in range(7)], [[0, 3], [2, 1, 4]])
+PACKED = ([2, 2, 2, 0, 0, -1, *[3] * 70, -1], [[0, 1], [3, 2]])
+MIXED = ([1, 0, 2, 2, 0, 1, 1, -1, 0, 2, 3], [[0], [1, 2, 3]])
+
+
+def problem(
+    owners: Sequence[int], inputs: int, outputs: int, streams: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(len(owners) + 7 * inputs + outputs)
+    x, *dys = (torch.randn(len(owners), k, generator=generator) for k in (inputs, *[outputs] * streams))
+    return x.to(dtype).to(DEVICE), [dy.to(dtype).to(DEVICE) for dy in dys]
+
+
+def products(way: str, x: Tensor, dys: list[Tensor], layout: Layout, *, transposed: bool, **options: Any) -> Products:
+    if way == "triton":
+        return weight_products(x, dys, layout, transposed=transposed, way=way, **options)
+    totals, found = plain.weight_products(
+        x, dys, layout, transposed=transposed, by_gram=way == "token Grams", **options
+    )
+    return Products(totals, found[:, : layout.responses], found[:, layout.responses :])
+
+
+def by_definition(
+    x: Tensor, dys: Sequence[Tensor], owners: Any, strata: Sequence[Sequence[int]], *, transposed: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Totals; per-response and per-stratum gradients (n, d) of each stream, in float64."""
+    owners, n = np.asarray(owners), sum(map(len, strata))
+    parts = []
+    for dy in dys:
+        of = [np.flatnonzero(owners == i) for i in range(n)]
+        whole = [dy[rows].double().cpu().T @ x[rows].double().cpu() for rows in of]
+        parts.append(torch.stack([g.T if transposed else g for g in whole]))
+    sums = [torch.stack([part[list(rows)].sum(0) for rows in strata]) for part in parts]
+    return [s.sum(0) for s in sums], [p.flatten(1) for p in parts], [s.flatten(1) for s in sums]
+
+
+def assert_right(got: Products, expected: tuple[list[Tensor], list[Tensor], list[Tensor]], tolerance: float) -> None:
+    totals, responses, sums = expected
+    for found, parts in ((got.response, responses), (got.stratum, sums)):
+        for pair, (a, b) in enumerate(PAIRS[len(totals)]):
+            scale = parts[a].norm(dim=1) * parts[b].norm(dim=1)
+            error = (found[pair].cpu() - (parts[a] * parts[b]).sum(1)).abs()
+            assert bool((error <= tolerance * scale).all()), (pair, error / scale)
+    for total, sought in zip(got.totals, totals, strict=True):
+        assert total.shape == sought.shape
+        assert (total.cpu() - sought).abs().max() <= tolerance * sought.abs().max()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_dtypes_storage_and_streams(way: str, dtype: torch.dtype, transposed: bool, streams: int) -> None:
+    owners, strata = EVEN
+    x, dys = problem(owners, 33, 65, streams, dtype)
+    got = products(way, x, dys, Layout.even(5, 7, strata, DEVICE), transposed=transposed)
+    assert_right(got, by_definition(x, dys, owners, strata, transposed=transposed), 1e-6)
+    assert {total.dtype for total in got.totals} == {torch.float32}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", [EVEN, PACKED, MIXED], ids=["even", "packed", "mixed"])
+@pytest.mark.parametrize("widths", [(1, 7), (130, 65), (7, 130)], ids=str)
+def test_rows_of_any_layout_and_widths(way: str, layout: Any, widths: tuple[int, int]) -> None:
+    owners, strata = layout
+    x, dys = problem(owners, *widths, 2)
+    got = products(way, x, dys, Layout.owned(owners, sum(map(len, strata)), strata, DEVICE), transposed=False)
+    assert_right(got, by_definition(x, dys, owners, strata, transposed=False), 1e-6)
+
+
+@triton_only
+@pytest.mark.parametrize("form", [(64, 128, 16, 8), (128, 64, 32, 8), (128, 128, 64, 8)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
+def test_tiles_of_any_form(form: tuple[int, ...], transposed: bool) -> None:
+    """Which of them is taken depends on sizes that are too large for an interpreter."""
+    from pcr_torch.kernels import triton_weights
+
+    owners, strata = PACKED
+    x, dys = problem(owners, 150, 140, 2, torch.bfloat16)
+    layout = Layout.owned(owners, 4, strata, DEVICE)
+    totals = [torch.empty((150, 140) if transposed else (140, 150), device=DEVICE) for _ in dys]
+    tiles = triton_weights.Tiles(*form)
+    found = triton_weights.weight_products(x, dys, layout, totals, transposed=transposed, add=False, tiles=tiles)
+    expected = by_definition(x, dys, owners, strata, transposed=transposed)
+    assert_right(Products(totals, found[:, :4], found[:, 4:]), expected, 1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "exponents", [(0, -25, -25), (0, 18, 18), (18, -25, -30), (-12, 30, 18), (0, -25, 18), (-18, 18, 0)], ids=str
+)
+def test_numbers_of_any_size_keep_their_products(way: str, exponents: tuple[int, int, int]) -> None:
+    """Their squares leave float32."""
+    owners, strata = EVEN
+    x, dys = problem(owners, 33, 40, 2)
+    x, *dys = ((10.0**k * t.double()).float() for k, t in zip(exponents, (x, *dys), strict=True))
+    got = products(way, x, dys, Layout.even(5, 7, strata, DEVICE), transposed=False)
+    assert_right(got, by_definition(x, dys, owners, strata, transposed=False), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.parametrize("way", WAYS)
+def test_streams_of_zeros_and_what_is_not_finite(way: str) -> None:
+    owners, strata = EVEN
+    x, dys = problem(owners, 33, 40, 2)
+    layout = Layout.even(5, 7, strata, DEVICE)
+    dys[1].zero_()
+    assert_right(
+        products(way, x, dys, layout, transposed=False), by_definition(x, dys, owners, strata, transposed=False), 1e-6
+    )
+    x[2 * 7 + 3, 4], dys[0][2 * 7 + 3] = torch.inf, 0.0  # 0 times infinity is to be seen
+    got = products(way, x, dys, layout, transposed=False)
+    assert not any(bool(total.isfinite().all()) for total in got.totals)
+    assert not bool(got.response[:, 2].isfinite().any())
+    assert not bool(got.stratum[:, 1].isfinite().any())
+    assert bool(got.response[:, [0, 1, 3, 4]].isfinite().all())
+
+
+@pytest.mark.parametrize("way", [WAYS[0], "plain torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_added_to_totals_in_their_memory(way: str, dtype: torch.dtype) -> None:
+    owners, strata = EVEN
+    x, dys = problem(owners, 33, 40, 2)
+    layout = Layout.even(5, 7, strata, DEVICE)
+    there = [torch.ones(40, 33, dtype=dtype, device=DEVICE) for _ in dys]
+    got = weight_products(
+        x.view(5, 7, 33), [dy.view(5, 7, 40) for dy in dys], layout, transposed=False, into=there, way=way
+    )
+    expected, _, _ = by_definition(x, dys, owners, strata, transposed=False)
+    for total, mine, sought in zip(got.totals, there, expected, strict=True):
+        assert total is mine
+        torch.testing.assert_close(
+            total.cpu(), (1 + sought).to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("way", [WAYS[0], "plain torch"])
+def test_storage_that_is_not_dense(way: str) -> None:
+    """Slices of columns and of tokens, transposed, repeated by stride 0, negated when read, of different dtypes."""
+    owners, strata = EVEN
+    wide = torch.randn(5, 9, 80, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    negated = torch.complex(wide, wide).conj().imag
+    assert negated.is_neg()
+    inputs = [
+        wide[:, 2:, 40:],
+        wide[:, :7, ::2],
+        wide[:, :7].transpose(1, 2).contiguous().transpose(1, 2),
+        negated[:, :7],
+    ]
+    repeated = wide[:, :1, :33].expand(5, 7, 33)
+    layout = Layout.even(5, 7, strata, DEVICE)
+    for x in inputs:
+        dys = [repeated, wide[:, 1:8, :33].bfloat16()]
+        got = weight_products(x, dys, layout, transposed=False, way=way)
+        flat = [t.flatten(0, 1).resolve_neg() for t in (x, *dys)]
+        assert_right(got, by_definition(flat[0], flat[1:], owners, strata, transposed=False), 1e-6)
+
+
+@pytest.mark.parametrize("layout", [EVEN, PACKED, MIXED], ids=["even", "packed", "mixed"])
+@pytest.mark.parametrize("exponent", [-25, 0, 18])
+def test_biases(layout: Any, exponent: int) -> None:
+    owners, strata = layout
+    x, dys = problem(owners, 1, 33, 2)
+    dys = [(10.0**exponent * dy.double()).float() for dy in dys]
+    got = vector_products(dys, Layout.owned(owners, sum(map(len, strata)), strata, DEVICE))
+    expected, *parts = by_definition(torch.ones_like(x), dys, owners, strata, transposed=False)
+    assert_right(got, ([total[:, 0] for total in expected], *parts), 1e-6)
+
+
+def test_a_workspace_that_holds_a_few_rows_of_the_weight() -> None:
+    owners, strata = MIXED
+    x, dys = problem(owners, 33, 40, 2)
+    layout = Layout.owned(owners, 4, strata, DEVICE)
+    for way in ("plain torch", "token Grams"):
+        got = products(way, x, dys, layout, transposed=True, workspace=5 * 7 * 40 * 2)
+        assert_right(got, by_definition(x, dys, owners, strata, transposed=True), 1e-6)
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of operators that reach a device, and which of them wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def waits(self) -> list[str]:
+        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "item")
+        return [name for name in self.names if any(each in name for each in waiting)]
+
+
+@pytest.mark.parametrize("by_gram", [False, True], ids=["explicit", "token Grams"])
+@pytest.mark.parametrize("rows", ["even, strata in order", "even", "mixed"])
+def test_as_many_operators_whatever_the_batch_and_none_that_waits(by_gram: bool, rows: str) -> None:
+    """A host that waits in every layer is slower than the device."""
+    counts = set()
+    for n, groups, length in ((4, 2, 3), (24, 2, 5), (24, 8, 3)):
+        strata = [list(range(q, n, groups)) for q in range(groups)]
+        if rows == "even, strata in order":
+            strata = np.arange(n).reshape(groups, -1).tolist()
+        x, dy, dz = (torch.randn(n * length, k).to(DEVICE) for k in (33, 40, 40))
+        owners = np.random.default_rng(0).permutation(np.repeat(np.arange(n), length))
+        with Dispatched() as dispatched:
+            mixed = rows == "mixed"
+            layout = Layout.owned(owners, n, strata, DEVICE) if mixed else Layout.even(n, length, strata, DEVICE)
+            plain.weight_products(x, [dy, dz], layout, transposed=False, by_gram=by_gram)
+        assert not dispatched.waits
+        counts.add(len(dispatched.names))
+    assert len(counts) == 1
+    assert counts.pop() <= 110
+
+
+def test_what_is_chosen_is_told() -> None:
+    assert chosen(torch.device("cpu")) == "plain torch (Triton kernels are for CUDA, not cpu)"
+    assert "plain torch" in chosen(torch.device("xpu"))
+
+
+def test_a_cuda_device_without_triton_has_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice._why_not.cache_clear()
+    monkeypatch.setattr(choice, "find_spec", lambda _: None)
+    assert chosen(torch.device("cuda", 7)) == "plain torch (triton is not installed)"
+    choice._why_not.cache_clear()
+
+
+def test_strata_that_miss_a_response_are_refused() -> None:
+    with pytest.raises(ValueError, match="strata must hold each of 0 to 2 once"):
+        Layout.even(3, 4, [[0, 1]], DEVICE)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (make kernels)")
+def test_kernels_compile_for_gpus_and_keep_their_accumulators_in_registers() -> None:
+    """The interpreter takes what a GPU's compiler may not. Spilled accumulators would be slow, in silence."""
+    script = Path(__file__).with_name("triton_compiled.py")
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    spilled = json.loads(ran.stdout.splitlines()[-1])
+    assert all(count == 0 for name, count in spilled.items() if name.startswith(("bf16 sm_90", "fp16 sm_90"))), spilled
+    assert all(count < 1024 for count in spilled.values()), spilled
