@@ -8,8 +8,8 @@ from torch import Tensor
 from pcr_core.statistics import Strata
 
 
-def check_batch(logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor, strata: Strata) -> Tensor:
-    """Stratum of each response, 0 to q - 1, on the CPU."""
+def check_batch(logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> Tensor:
+    """The group ids as a tensor. Reads no value, so that an accelerator is not waited for."""
     if not isinstance(logp, Tensor) or logp.ndim != 2:
         raise ValueError(f"logp: expected a tensor (responses, tokens), got {getattr(logp, 'shape', type(logp))}")
     if not logp.requires_grad:
@@ -30,8 +30,12 @@ def check_batch(logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor,
         raise TypeError(f"group_ids: expected integers, got {ids.dtype}")
     if ids.shape != (logp.shape[0],):
         raise ValueError(f"group_ids: expected one id a response, shape ({logp.shape[0]},), got {tuple(ids.shape)}")
-    if strata == "batch":
-        ids = torch.zeros_like(ids)
+    return ids
+
+
+def strata_of(group_ids: Tensor, strata: Strata) -> Tensor:
+    """Stratum of each response, 0 to q - 1, on the CPU; ValueError where one has a single response."""
+    ids = torch.zeros_like(group_ids) if strata == "batch" else group_ids
     _, index, counts = torch.unique(ids, return_inverse=True, return_counts=True)
     if bool((counts < 2).any()):
         what = "micro-batch" if strata == "batch" else f"group {ids[index == int(counts.argmin())][0].item()}"

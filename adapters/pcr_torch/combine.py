@@ -11,62 +11,81 @@ from torch import Tensor, nn
 
 from pcr_core import BlockStatistics, Weights
 from pcr_torch.distributed import like, local
-from pcr_torch.pullback import inner, total_dtype, wide_dtype
+from pcr_torch.pullback import total_dtype, wide_dtype
 
 _ROW = 1 << 10  # float32 dot products of this length err by 5e-7 of |a||b| at most, also where all terms are equal
 _PART = 1 << 18  # operands of this length stay in a cache, and calls are few
 _NEARLY_ORTHOGONAL = 1e-2
 _SAFE = (1e-28, 1e36)  # squares of a gradient that float32 holds without loss
 _CHUNK = 1 << 24  # of _wide_products: float64 copies held at once
+_CACHED = 1 << 16  # the same on a CPU
 
 
-def gradient_products(p: Tensor, s: Tensor) -> Tensor:
+def gradient_products(p: Tensor, s: Tensor, *, joined: int | None = None) -> Tensor:
     """(3,) |p|^2, |s|^2 and p.s of two gradients, to 1e-6 of each, in float64.
+
+    With `joined` 0 or 1 that tensor, of the two, holds p + s.
 
     On a CPU sums are float32 within short parts and float64 across them. Where that would lose digits (p.s small
     against |p||s|, squares near the ends of float32) they are taken again with products in float64.
     """
+    if joined == 1:
+        return gradient_products(s, p, joined=0)[[1, 0, 2]]
     x, y = p.detach().reshape(-1), s.detach().reshape(-1)
     if x.device.type != "cpu" or x.dtype != torch.float32:
-        return _wide_products(x, y)
-    sums = _short_products(x.numpy(), y.numpy())
+        return _wide_products(x, y, joined == 0)
+    sums = _short_products(x.numpy(), y.numpy(), joined == 0)
     pp, ss, ps = sums.tolist()
     if not (_SAFE[0] < pp < _SAFE[1] and _SAFE[0] < ss < _SAFE[1]):
-        return torch.stack([inner(x, x), inner(y, y), inner(x, y)])
+        return _wide_products(x, y, joined == 0)
     if abs(ps) < _NEARLY_ORTHOGONAL * math.sqrt(pp * ss):
-        sums[2] = inner(x, y)
+        sums[2] = _wide_products(x, y, joined == 0)[2]
     return sums
 
 
-def _short_products(x: Any, y: Any) -> Tensor:
+def _short_products(x: Any, y: Any, joined: bool) -> Tensor:
     """The three products by rows, in NumPy, whose BLAS takes half the time of torch.dot on what is in a cache."""
     rows, step = len(x) // _ROW, _PART // _ROW
     one, other = (t[: rows * _ROW].reshape(rows, _ROW) for t in (x, y))
     short = np.empty((3, rows), dtype=np.float32)
+    apart = np.empty((step, _ROW) if joined else 0, dtype=np.float32)
     with np.errstate(all="ignore"):  # overflow is seen in the sums
         for start in range(0, rows, step):
             at = slice(start, start + step)
-            np.vecdot(one[at], other[at], out=short[2, at])  # brings both into a cache for the other two
-            np.vecdot(one[at], one[at], out=short[0, at])
-            np.vecdot(other[at], other[at], out=short[1, at])
+            a, b = one[at], other[at]
+            if joined:
+                a = np.subtract(a, b, out=apart[: len(a)])
+            np.vecdot(a, b, out=short[2, at])  # brings both into a cache for the other two
+            np.vecdot(a, a, out=short[0, at])
+            np.vecdot(b, b, out=short[1, at])
         a, b = (t[rows * _ROW :] for t in (x, y))
+        a = a - b if joined else a
         rest = np.stack([np.vecdot(a, a), np.vecdot(b, b), np.vecdot(a, b)])
         return torch.from_numpy(short.sum(axis=1, dtype=np.float64) + rest)
 
 
-def _wide_products(x: Tensor, y: Tensor) -> Tensor:
+def _wide_products(x: Tensor, y: Tensor, joined: bool) -> Tensor:
     wide = wide_dtype(x.device)
+    size = _CACHED if x.device.type == "cpu" else _CHUNK
     rows = []
-    for a, b in zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK)):
+    for a, b in zip(torch.split(x, size), torch.split(y, size)):
         u, v = a.to(wide), b.to(wide)
+        if joined:
+            u = u - v
         rows.append(torch.stack([torch.dot(u, u), torch.dot(v, v), torch.dot(u, v)]))
     return torch.stack(rows).sum(dim=0)
 
 
 def longest(weights: Weights[Tensor], statistics: BlockStatistics[Tensor]) -> Tensor:
-    """(blocks,) a bound on each number of the update, |a||P| + |b||S|."""
-    plasticity, stability = statistics.plasticity_sq.sqrt(), statistics.stability_sq.sqrt()
-    return weights.plasticity.abs() * plasticity + weights.stability.abs() * stability
+    """(blocks,) a bound on each number of the update and of its parts, whichever way these are put together."""
+    a, b = weights.plasticity.abs(), weights.stability.abs()
+    return 2 * (a + b) * (statistics.plasticity_sq.sqrt() + statistics.stability_sq.sqrt())
+
+
+def of_sum(weights: Weights[Tensor], joined: int | None) -> tuple[list[float], list[float]]:
+    """Weights of the two totals, one of which may hold P + S: a P + b S = a (P + S) + (b - a) S."""
+    a, b = weights.plasticity, weights.stability
+    return (a - b if joined == 1 else a).tolist(), (b - a if joined == 0 else b).tolist()
 
 
 def add_combination(

@@ -8,9 +8,10 @@ and kept as the rank's plain local shard; only what is handed out (`.grad`, stat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -138,14 +139,18 @@ def reduce_scatter(total: Tensor, parameter: Tensor) -> Tensor:
     return whole.redistribute(placements=parameter.placements).to_local().to(parameter.to_local().device)
 
 
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 @contextmanager
-def kept_whole(model: nn.Module) -> Iterator[None]:
+def kept_whole(modules: Sequence[FSDPModule]) -> Iterator[None]:
     """During a backward pass that another follows: weights that FSDP holds whole before it are whole after it.
 
     FSDP gathers for a pass what it saw go through a module's forward. A head that a fused kernel reads (as in TRL) was
     gathered by hand, and would be missing in the second pass. What is whole now takes no more memory than it did.
     """
-    whole = [module for module in model.modules() if isinstance(module, FSDPModule) and _is_whole(module)]
+    whole = [module for module in modules if _is_whole(cast(nn.Module, module))]
     for module in whole:
         module.set_reshard_after_backward(False, recurse=False)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -17,17 +17,19 @@ import pcr_core
 from pcr_core import FlatPrior, Objective, Rule, Scatter, TemporalPrior
 from pcr_core.rules import require_rule
 from pcr_core.statistics import Strata
-from pcr_torch.batch import check_batch
+from pcr_torch.batch import check_batch, strata_of
 from pcr_torch.blocks import Granularity, Selector, describe_blocks, select_blocks
-from pcr_torch.combine import add_combination, longest
-from pcr_torch.distributed import average, local, unwrap
+from pcr_torch.combine import add_combination, longest, of_sum
+from pcr_torch.distributed import average, local, sharded_modules, unwrap
+from pcr_torch.meter import Meter
 from pcr_torch.parameters import check_parameters
 from pcr_torch.products import WORKSPACE
-from pcr_torch.pullback import Pulled, Total, backward_others, per_response, total_dtype
+from pcr_torch.pullback import Pulled, Total, add_total, backward_others, per_response, total_dtype
 from pcr_torch.recorder import Recorder
 from pcr_torch.report import Report
 from pcr_torch.statistics import BlockSums, Totals
 from pcr_torch.temporal import TemporalFilter
+from pcr_torch.totals import pull_totals
 
 Norms = Literal["auto", "fast", "loop"]
 _log = logging.getLogger("pcr_torch")
@@ -56,6 +58,10 @@ class PCR:
             (a plain linear layer, used once, whose rows the autograd graph shows to be those of the responses) and the
             loop for the others alone, which a log message and `path` tell. "fast" trusts that activations (n, tokens,
             features) are those of the n responses, in their order, where the graph does not tell.
+        noise_every: measure the noise of the gradients in every K-th step; 0 for never. A rule that needs the noise
+            (`pcr_core.needs_noise`) gets it in every step. For the others None is every 10th, and never where "auto"
+            would take the loop. In the steps without, both gradients come from ordinary automatic differentiation of
+            any model, and the report holds None for the noise.
         every: with K > 1 only every K-th step takes two backward passes and measures. The steps between take one, of
             the two streams weighted as last measured, at the cost of an ordinary update. That is exact in form only
             where one pair of weights serves all that is trained: one block that holds every trainable parameter
@@ -66,7 +72,8 @@ class PCR:
 
     Raises:
         ValueError: blocks match nothing, norms="fast" with parameters outside plain linear layers, norms="loop" of a
-            sharded model, every > 1 where it is not exact, or a wrapper that is not supported, with the reason.
+            sharded model, every > 1 where it is not exact, a `noise_every` that leaves the rule without noise, or a
+            wrapper that is not supported, with the reason.
 
     Example:
         Two steps of two micro-batches, each one prompt with two responses.
@@ -106,6 +113,7 @@ class PCR:
         rule: Rule = pcr_core.PCR(),
         strata: Strata = "group",
         norms: Norms = "auto",
+        noise_every: int | None = None,
         every: int = 1,
         workspace: int = WORKSPACE,
         process_group: dist.ProcessGroup | None = None,
@@ -120,6 +128,7 @@ class PCR:
         self._ddp = model if isinstance(model, DistributedDataParallel) else None
         self.rule = rule
         self.strata = strata
+        self._meter = Meter.of(rule, noise_every)
         self._selector, self._granularity = blocks, granularity
         self.blocks = select_blocks(self.model, blocks, granularity)
         named = dict(self.model.named_parameters())
@@ -138,32 +147,41 @@ class PCR:
                 f"norms='fast' measures plain linear layers only; {name}: {why} ({len(recorder.uncovered)} such "
                 "parameters). Use norms='auto', which takes the loop for these alone, or other blocks"
             )
-        if self._sharded and (norms == "loop" or recorder.uncovered):
+        if (
+            self._sharded
+            and self._meter.every
+            and (norms == "loop" or (recorder.uncovered and not self._meter.optional))
+        ):
             raise ValueError(
                 "norms='loop' differentiates by whole weights, which a sharded model does not have; use norms='fast' "
                 f"and blocks in plain linear layers (outside of them: {list(recorder.uncovered)[:3]}), or no sharding"
             )
         self._trusting = norms == "fast"
         self._recorder = None if norms == "loop" or len(recorder.uncovered) == len(self._parameters) else recorder
-        if self._recorder is not None:
-            self._recorder.install()
         self._looped: dict[str, str] = {} if norms == "loop" else dict(recorder.uncovered)
-        if self._looped:
+        if self._looped and self._meter.optional:
+            self._meter.stop(next(f"{name}: {why}" for name, why in self._looped.items()))
+        elif self._looped and self._meter.every:
             self._tell(self._looped)
         self._sums = BlockSums.over(self.blocks, self._parameters, self._ranks)
         self._filter = TemporalFilter(self._sums)
         ignored = set() if self._ddp is None else self._ddp.parameters_to_ignore
         self._averaged = [p for name, p in named.items() if p.requires_grad and name not in ignored]
+        self._fsdp = sharded_modules(self.model) if self._sharded else []
         self._totals: Totals = ({}, {})
+        self._joined: int | None = None  # in the place of which stream's totals those of the sum are
         self._scatter: Scatter[Tensor] | None = None
+        self._microbatches = 0
+        self._skipped = False  # whether the noise of one of them was not measured
         self._torn = False  # whether a micro-batch ended within its backward passes
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = False
+        self._probe()
 
     def accumulate(self, logp: Tensor, objective: Objective[Tensor], *, group_ids: Tensor) -> None:
         """Both streams of one micro-batch, in two backward passes over logp's graph, which is freed.
 
-        With every > 1 one pass, unless the step is `measuring`.
+        With every > 1 one pass, unless the step is `measuring`. Where the loop measures the noise, many.
 
         Gradients of parameters outside the blocks are added to their `.grad`; the blocks' streams are kept apart until
         `resolve`.
@@ -215,22 +233,25 @@ class PCR:
         self._refuse_torn()
         if self._ranks is not None and not self._sharded:
             self._average()
-        elif self._scatter is None:
+        elif not self._microbatches:
             raise RuntimeError(_NOTHING)
         if not self.measuring:
             assert self._last is not None
             self._age += 1
-            self._scatter = None
+            self._microbatches = 0
+            self._probe()
             finite = self._last.weights.finite & self._gradients_finite()  # there is one block
             return replace(self._last, weights=replace(self._last.weights, finite=finite), measured=False)
-        statistics = self._sums.statistics(self._totals, self._scatter or self._sums.no_scatter())
+        joined, noise = self._joined, self._measures_noise
+        scatter = (self._scatter or self._sums.no_scatter()) if noise else None
+        statistics = self._sums.statistics(self._totals, scatter, joined=joined)
         if isinstance(self.rule, pcr_core.PCR) and isinstance(self.rule.prior, TemporalPrior):
             weights = self._filter.weights(self.rule, statistics, self._totals)
             bounds = torch.full_like(statistics.size, math.inf)  # of the means that the filter put in the totals' place
         else:
             weights = self.rule(statistics)
             bounds = longest(weights, statistics)
-        a, b = weights.plasticity.tolist(), weights.stability.tolist()
+        a, b = of_sum(weights, joined)
         plasticity, stability = self._totals
         broken = torch.zeros_like(bounds)
         for block, (name, parameter) in zip(self._sums.block_of.tolist(), self._parameters.items()):
@@ -239,12 +260,24 @@ class PCR:
                 broken[block] = 1
         if self._ranks is not None and self._sharded:  # each has seen its own part
             broken = self._ranks.sum(broken)
-        self._totals, self._scatter = ({}, {}), None
         weights = replace(weights, finite=weights.finite & (broken == 0))
-        report = Report(self.blocks, weights, statistics)
+        report = Report(self.blocks, weights, statistics, path=self.norms if noise else "autograd")
         if self._every > 1:
             self._last, self._age = report, 0
+        self._meter.step(measured=noise)
+        self.discard()
+        self._probe()
         return report
+
+    @property
+    def _measures_noise(self) -> bool:
+        """Whether the noise of this step is measured; of all ranks alike."""
+        return self._meter.due and not self._skipped
+
+    def _probe(self) -> None:
+        """Probes for the steps that measure; in the others the model's layers are its own."""
+        if self._recorder is not None:
+            (self._recorder.install if self.measuring and self._meter.due else self._recorder.remove)()
 
     def _gradients_finite(self) -> bool:
         gradients = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
@@ -265,7 +298,7 @@ class PCR:
     @property
     def accumulated(self) -> bool:
         """Whether microbatches wait for `resolve`."""
-        return self._torn or self._scatter is not None
+        return self._torn or self._microbatches > 0
 
     def discard(self) -> None:
         """Forget what was accumulated since the last `resolve`, but for what is in `.grad`: zero that as well.
@@ -273,7 +306,8 @@ class PCR:
         After an error within `accumulate` (out of memory, say) the step goes on with nothing else: a part of that
         micro-batch is in the gradients.
         """
-        self._totals, self._scatter, self._torn = ({}, {}), None, False
+        self._totals, self._joined, self._scatter = ({}, {}), None, None
+        self._microbatches, self._skipped, self._torn = 0, False, False
 
     def remove(self) -> None:
         """Give the model's layers their own forward back. The object cannot be used afterwards."""
@@ -288,10 +322,15 @@ class PCR:
         Of a sharded model the means are DTensors like its parameters, as `torch.distributed.checkpoint` wants them.
         """
         self._refuse_torn()
-        if self._scatter is not None:
+        if self._microbatches:
             raise RuntimeError("state_dict() between accumulate() and resolve(): resolve or discard first")
         last = None if self._last is None else {"age": self._age, **self._last.state_dict()}
-        return {"prior": self._filter.state_dict(), "last": last, "blocks": [block.name for block in self.blocks]}
+        return {
+            "prior": self._filter.state_dict(),
+            "last": last,
+            "noise": self._meter.state_dict(),
+            "blocks": [block.name for block in self.blocks],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`; ValueError if it belongs to other blocks.
@@ -309,21 +348,92 @@ class PCR:
         last = state.get("last") if self._every > 1 else None
         self._last = None if last is None else Report.from_state(self.blocks, last)
         self._age = 0 if last is None else int(last["age"])
+        if "noise" in state:
+            self._meter.load_state_dict(state["noise"])
+        self._probe()
 
     def _pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> None:
         self._refuse_torn()
-        ids = check_batch(logp, cotangents, group_ids, self.strata)
-        check_parameters(self.model, self._parameters, fast=self._recorder is not None, sharded=self._sharded)
+        group_ids = check_batch(logp, cotangents, group_ids)
+        noise = self.measuring and self._measures_noise
+        check_parameters(self.model, self._parameters, fast=noise and self._recorder is not None, sharded=self._sharded)
         cotangents = tuple(c.detach() for c in cotangents)
+        strata = self._measurable(logp, group_ids) if noise else None
+        self._skipped |= noise and strata is None
         self._torn = True
-        if self.measuring:
-            self._pull_apart(streams, logp, cotangents, ids)
-        else:
+        if not self.measuring:
             self._pull_weighted(streams, logp, cotangents)
+        elif strata is None:
+            self._pull_totals(streams, logp, cotangents)
+        else:
+            self._pull_apart(streams, logp, cotangents, strata)
+        self._microbatches += 1
         self._torn = False
+
+    def _measurable(self, logp: Tensor, group_ids: Tensor) -> Tensor | None:
+        """Stratum of each response, where the noise is to be measured; None where it may be left out, and costs much.
+
+        Raises:
+            ValueError: it may not be left out, and cannot be measured.
+        """
+        why: str | None = None
+        ids: Tensor | None = None
+        try:
+            ids = strata_of(group_ids, self.strata)
+        except ValueError as error:
+            if not self._meter.optional:
+                raise
+            why = str(error)
+        if self._recorder is not None:
+            looped = self._recorder.survey(logp, trusting=self._trusting)
+            if self._trusting or not (looped and self._meter.optional):
+                self._take_loop(looped)
+            elif why is None:
+                why = next(f"{name}: {reason}" for name, reason in looped.items())
+        late = self._recorder is not None and self._recorder.late
+        if self._sharded and self._meter.optional:  # all ranks have to take the same passes
+            assert self._ranks is not None
+            elsewhere = self._ranks.sum(torch.tensor([why is not None], dtype=torch.float64))
+            why = why or ("another process cannot measure it" if bool(elsewhere) else None)
+        if why is None:
+            return ids
+        if not late:  # else the forward pass was before the probes, and the next step will do
+            self._meter.stop(why)
+            self._skipped = True
+        return None
+
+    def _take_loop(self, looped: dict[str, str]) -> None:
+        """For block parameters that the fast path cannot measure, with the reason; ValueError where it may not be."""
+        if looped and (self._trusting or self._sharded):
+            name, why = next(iter(looped.items()))
+            raise ValueError(
+                f"{name} cannot be measured on the fast path: {why} ({len(looped)} such parameters). "
+                + ("Leave it out of the blocks" if self._sharded else "Use norms='auto' or norms='loop'")
+            )
+        if looped.keys() != self._looped.keys():
+            self._tell({name: why for name, why in looped.items() if name not in self._looped})
+        self._looped = looped
+
+    def _pull_totals(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...]) -> None:
+        """Each stream's gradient into the totals, by automatic differentiation alone."""
+        found = pull_totals(logp, cotangents, self._parameters, fsdp=self._fsdp, joined=self._joined)
+        if not self._microbatches:
+            self._joined = found.joined
+        elif self._joined != found.joined:
+            self._part()
+            _part(found.streams, found.joined)
+        for stream, total in zip(streams, found.streams, strict=True):
+            for name, part in total.items():
+                add_total(self._totals[stream], name, part)
+
+    def _part(self) -> None:
+        """P and S in the totals, where the streams' sum is in the place of one of them."""
+        _part(self._totals, self._joined)
+        self._joined = None
 
     def _pull_apart(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], ids: Tensor) -> None:
         """Each stream's gradient into the totals, and the scatter of both."""
+        self._part()
         strata: list[list[int]] = [[] for _ in range(int(ids.max()) + 1)]
         for row, q in enumerate(ids.tolist()):
             strata[q].append(row)
@@ -345,17 +455,7 @@ class PCR:
         totals: list[Total],
     ) -> Pulled:
         """What probes can measure in two backward passes; the loop for the other block parameters alone."""
-        looped = recorder.survey(logp, trusting=self._trusting)
-        if looped and (self._trusting or self._sharded):
-            name, why = next(iter(looped.items()))
-            raise ValueError(
-                f"{name} cannot be measured on the fast path: {why} ({len(looped)} such parameters). "
-                + ("Leave it out of the blocks" if self._sharded else "Use norms='auto' or norms='loop'")
-            )
-        if looped.keys() != self._looped.keys():
-            self._tell({name: why for name, why in looped.items() if name not in self._looped})
-        self._looped = looped
-        alone = {name: p for name, p in self._parameters.items() if name in looped}
+        alone = {name: p for name, p in self._parameters.items() if name in self._looped}
         kept = [parameter.grad for parameter in alone.values()]
         by_loop = per_response(logp, cotangents, alone, strata, totals) if alone else None
         pulled = recorder.pull(logp, cotangents, strata, totals, skipped=alone)
@@ -400,7 +500,6 @@ class PCR:
         weights = self._last.weights.plasticity.item(), self._last.weights.stability.item()
         weighted = [weights[stream] * cotangent for stream, cotangent in zip(streams, cotangents, strict=True)]
         torch.autograd.backward(logp, sum(weighted[1:], start=weighted[0]))
-        self._scatter = self._sums.no_scatter()
 
     def _refuse_inexact(self, every: int) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -425,10 +524,18 @@ class PCR:
         assert self._ranks is not None
         held = [[name in totals for name in self._parameters] for totals in self._totals]
         graded = [parameter.grad is not None for parameter in self._averaged]
-        anywhere = self._ranks.sum(torch.tensor([self._scatter is not None, *held[0], *held[1], *graded]).double())
-        accumulated, *present = (anywhere > 0).tolist()
+        mine = [self._microbatches > 0, self._skipped, self._joined == 0, self._joined == 1, self._joined is None]
+        mine[4] &= mine[0]
+        anywhere = self._ranks.sum(torch.tensor([*mine, *held[0], *held[1], *graded]).double())
+        accumulated, self._skipped, first, second, apart, *present = (anywhere > 0).tolist()
         if not accumulated:
             raise RuntimeError(_NOTHING)
+        if first + second + apart > 1:
+            self._part()
+        elif first or second:  # also of a rank without microbatches
+            self._joined = int(second)
+        if self._skipped and self._meter.optional and self._meter.every:
+            self._meter.stop("another process cannot measure it")
         flags, tensors = iter(present), []
         for totals in self._totals:
             for name, parameter in self._parameters.items():
@@ -450,3 +557,9 @@ class PCR:
                 "them), and left a part of that micro-batch in the gradients. Call discard() and zero the gradients, "
                 "then take the step's micro-batches again"
             )
+
+
+def _part(totals: Sequence[Total], joined: int | None) -> None:
+    if joined is not None:
+        for name, single in totals[1 - joined].items():
+            totals[joined][name].sub_(single)

@@ -47,7 +47,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def total_dtype(parameter: nn.Parameter) -> torch.dtype:
+def total_dtype(parameter: Tensor) -> torch.dtype:
     """Totals of half-precision parameters are summed in float32."""
     return torch.promote_types(parameter.dtype, torch.float32)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor
 
-from pcr_torch.distributed import kept_whole, local, reduce_scatter
+from pcr_torch.distributed import kept_whole, local, reduce_scatter, sharded_modules
 from pcr_torch.owner_rules import Owners
 from pcr_torch.owners import by_response, survey
 from pcr_torch.probe import install, layout, remove
@@ -35,7 +35,6 @@ class Recorder:
     """Installs probes on the model's linear layers, and collects what they measure on block parameters."""
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], workspace: int = WORKSPACE) -> None:
-        self._model = model
         self._parameters = parameters
         self._workspace = workspace
         self._index = {name: k for k, name in enumerate(parameters)}
@@ -47,6 +46,8 @@ class Recorder:
         self._lowest: Collection[Node] = ()  # calls whose input's gradient is wanted of the streams' sum alone
         # FSDP schedules its gathering by whole backward passes
         self._sharded = any(isinstance(p, DTensor) for p in parameters.values())
+        self._fsdp = sharded_modules(model) if self._sharded else []
+        self.late = False  # whether no probe was in place when the last surveyed log-probabilities were computed
         self._skipped: Collection[str] = ()  # block parameters that are measured elsewhere
         self._owners: dict[str, Owners] = {}  # of the rows of each layer, where they are known
         self._modules: dict[str, nn.Module] = {}
@@ -71,7 +72,8 @@ class Recorder:
 
     def install(self) -> None:
         for path, module in self._modules.items():
-            install(module, self, path)
+            if layout(module) is not None:  # else somebody has wrapped its forward meanwhile
+                install(module, self, path)
 
     def remove(self) -> None:
         for module in self._modules.values():
@@ -86,6 +88,7 @@ class Recorder:
                 their order, are taken to be.
         """
         found = survey(logp)
+        self.late = not found.calls
         why = dict(self.uncovered)
         self._owners = {}
         for path, mine in self._members.items():
@@ -169,7 +172,7 @@ class Recorder:
             for stream, gradients in enumerate(streams):
                 last = stream == len(streams) - 1
                 self._pass = "both" if shares is not None else "measure" if last else "keep"
-                with nullcontext() if last else kept_whole(self._model):
+                with nullcontext() if last else kept_whole(self._fsdp):
                     streams[stream] = back(segment, logp, gradients, keep=not last)
             if below:
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from pcr_core import BlockStatistics, Weights
 from pcr_core._summary import summary
 from pcr_torch.blocks import Block
+
+Path: TypeAlias = Literal["autograd", "fast", "loop", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,24 @@ class Report:
         weights: what the rule decided, `pcr_core.Weights`.
         statistics: what it decided on, of the totals, `pcr_core.BlockStatistics`.
         measured: false in the steps that `every` leaves out, whose report is that of the last measured step.
+        path: how the gradients were had: "autograd", without noise; or with the noise by "fast", "loop" or "mixed", as
+            `PCR.norms` says.
     """
 
     blocks: tuple[Block, ...]
     weights: Weights[Tensor]
     statistics: BlockStatistics[Tensor]
     measured: bool = True
+    path: Path = "fast"
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+    def state_dict(self) -> dict[str, Any]:
         """The arrays by name, for a checkpoint."""
-        return {"weights": _arrays(self.weights), "statistics": _arrays(self.statistics)}
+        return {"weights": _arrays(self.weights), "statistics": _arrays(self.statistics), "path": self.path}
 
     @classmethod
     def from_state(cls, blocks: tuple[Block, ...], state: Mapping[str, Any]) -> Report:
         """The inverse of `state_dict`."""
-        return cls(blocks, Weights(**state["weights"]), BlockStatistics(**state["statistics"]))
+        return cls(blocks, Weights(**state["weights"]), BlockStatistics(**state["statistics"]), path=state["path"])
 
     @property
     def finite(self) -> bool:
@@ -54,7 +59,8 @@ class Report:
         conflict_rate, cosine, alpha, boost (b - 1, the addition to the KL coefficient in units of beta) are means over
         blocks; removed is |removed part of P|/|P| over all coordinates, norms and noise-to-signal ratios likewise.
         noise_share is sum v_ps/sum P.S over the blocks with P.S < 0, the part of their conflict that is noise both
-        streams share (0 without conflict); debiased means P.S - v_ps in place of P.S.
+        streams share (0 without conflict); debiased means P.S - v_ps in place of P.S. These and the noise-to-signal
+        ratios are absent where the noise was not measured.
         """
         return summary(self.weights, self.statistics, slice(None), prefix)
 
@@ -73,5 +79,5 @@ class Report:
         return out
 
 
-def _arrays(record: Weights[Tensor] | BlockStatistics[Tensor]) -> dict[str, Tensor]:
+def _arrays(record: Weights[Tensor] | BlockStatistics[Tensor]) -> dict[str, Tensor | None]:
     return {f.name: getattr(record, f.name) for f in fields(record)}

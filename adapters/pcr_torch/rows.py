@@ -78,10 +78,10 @@ class Rows:
         return rows
 
     def below(self, node: Node) -> tuple[Tensor, ...] | None:
-        """Of what a taken node gives, by its edges that lead on; None where some has none, and from there on."""
+        """Of what a taken node gives, by its edges that lead on; None where some has none."""
         found = [self._of.get(after) for after, _ in node.next_functions if after is not None]
-        self.apart &= all(rows is not None for rows in found)
-        return cast(tuple[Tensor, ...], tuple(found)) if self.apart else None
+        known = self.apart and all(rows is not None for rows in found)
+        return cast(tuple[Tensor, ...], tuple(found)) if known else None
 
     def _below(self, node: Any, rows: Tensor) -> Below | None:
         """Of what the node gives, by edge; None where it may mix rows."""

@@ -14,7 +14,7 @@ each backward pass is over the whole graph.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -46,6 +46,7 @@ class Segment:
         roots: where it starts; None for the output itself.
         last: the node that it ends with; None where it goes down to the leaves.
         leaves: ids of the tensors whose gradient it has a part of.
+        tensors: these, of those that `segments` was asked for.
         crossing: its uses of those that later segments use too.
         rows: of the gradients that come to probed layers, by their names, see `Rows`; None where rows may be mixed.
         below: rows of the gradients at the next segment's roots.
@@ -54,6 +55,7 @@ class Segment:
     roots: tuple[GradientEdge, ...] | None
     last: Node | None
     leaves: frozenset[int] = frozenset()
+    tensors: tuple[Tensor, ...] = ()
     crossing: tuple[Use, ...] = ()
     rows: Mapping[str, Tensor] | None = None
     below: tuple[Tensor, ...] = ()
@@ -83,23 +85,73 @@ def segments(output: Tensor) -> tuple[Segment, ...]:
         worth_it |= hasattr(step.node, "_forward_cls")
         if step.separates and worth_it:
             below = rows.below(step.node)
+            rows.apart = below is not None  # else two streams go on from here
             found.append(Segment(roots, step.node, rows=None if below is None else arriving, below=below or ()))
-            roots = tuple(GradientEdge(after, k) for after, k in step.node.next_functions if after is not None)
+            roots = _roots_below(step.node)
             uses, arriving, worth_it = [*uses, []], {}, False
     found.append(Segment(roots, None, rows=arriving if rows.apart else None))
-    return _with_uses(found, uses)
+    return _with_uses(found, uses) or whole()
 
 
-def _with_uses(chain: Sequence[Segment], uses: Sequence[Sequence[Use]]) -> tuple[Segment, ...]:
+def segments_around(output: Tensor, leaves: Set[int]) -> tuple[Segment, ...] | None:
+    """Segments for gradients of `leaves` (ids of tensors) alone.
+
+    None where a stream's gradients of these alone cannot be had: hooks on gradients of modules, several devices, a leaf
+    that several segments use, or that may hide in a function that keeps its graph to itself.
+
+    The first, where it has none of them, is the longest such in which rows of tokens are apart, with `below`; each of
+    the others but the last, which holds what is below the lowest of them, has some.
+    """
+    found: list[Segment] = []
+    uses: list[list[Use]] = [[]]
+    rows = Rows(output)
+    start: tuple[GradientEdge, ...] | None = None
+    top: tuple[Node, tuple[Tensor, ...], int] | None = None  # where a first segment could end
+    reached = opaque = False
+    for step in _in_order(output):
+        if step is None:
+            return None
+        opaque |= hasattr(step.node, "_forward_cls") and not is_probe(step.node)
+        rows.take(step.node)
+        mine = any(id(use.leaf) in leaves for use in step.uses)
+        if mine and top is not None and not found:
+            node, at_roots, count = top
+            found.append(Segment(None, node, below=at_roots))
+            start, uses = _roots_below(node), [uses[0][:count], uses[0][count:]]
+        uses[-1] += step.uses
+        reached |= mine
+        if not step.separates:
+            continue
+        if reached:
+            found.append(Segment(start, step.node))
+            start, uses, reached = _roots_below(step.node), [*uses, []], False
+        elif not found and (below := rows.below(step.node)) is not None:
+            top = step.node, below, len(uses[0])
+    found.append(Segment(start, None))
+    chain = _with_uses(found, uses, leaves)
+    crossing = chain is None or any(id(use.leaf) in leaves for segment in chain for use in segment.crossing)
+    hidden = chain is None or (opaque and not leaves <= frozenset().union(*(segment.leaves for segment in chain)))
+    return None if crossing or hidden else chain
+
+
+def _roots_below(node: Node) -> tuple[GradientEdge, ...]:
+    return tuple(GradientEdge(after, k) for after, k in node.next_functions if after is not None)
+
+
+def _with_uses(
+    chain: Sequence[Segment], uses: Sequence[Sequence[Use]], wanted: Collection[int] = ()
+) -> tuple[Segment, ...] | None:
+    """With what each segment uses; None where a hook would see a part of a gradient only."""
     later: set[int] = set()
     found: list[Segment] = []
     for segment, mine in zip(reversed(chain), reversed(uses), strict=True):
         crossing = tuple(use for use in mine if id(use.leaf) in later)
         if any(use.leaf._backward_hooks for use in crossing):
-            return whole()  # a hook is run on all of a gradient
-        leaves = frozenset(id(use.leaf) for use in mine)
-        later |= leaves
-        found.append(replace(segment, leaves=leaves, crossing=crossing))
+            return None
+        leaves = {id(use.leaf): use.leaf for use in mine}
+        tensors = tuple(leaf for which, leaf in leaves.items() if which in wanted)
+        later |= leaves.keys()
+        found.append(replace(segment, leaves=frozenset(leaves), tensors=tensors, crossing=crossing))
     return tuple(reversed(found))
 
 
@@ -134,6 +186,36 @@ def back(segment: Segment, output: Tensor, gradients: Sequence[Tensor], *, keep:
         for hook in hooks:
             hook.remove()
     raise RuntimeError("a backward pass did not arrive at the end of its segment")
+
+
+def back_for(
+    segment: Segment, output: Tensor, gradients: Sequence[Tensor], *, onward: bool
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """The backward pass of another stream, before `back` of the segment: it adds to no .grad.
+
+    Returns:
+        The gradients of the segment's `tensors`, and, where the stream goes `onward`, those at the next one's roots.
+    """
+    roots: Any = output if segment.roots is None else segment.roots
+    edges = _roots_below(segment.last) if onward and segment.last is not None else ()
+    wanted = list(dict.fromkeys(edges))
+    if not wanted and not segment.tensors:
+        return [], []
+    arrived: list[Sequence[Tensor | None]] = []
+    # what autograd captures at an edge has been through the hooks of a tensor there, which run again further down
+    hooks = [segment.last.register_hook(lambda found, _: arrived.append(found))] if segment.last and wanted else []
+    sought: Any = [*segment.tensors, *wanted]
+    try:
+        found = torch.autograd.grad(roots, sought, list(gradients), retain_graph=True, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    below: list[Tensor] = []
+    if wanted:
+        assert segment.last is not None
+        pairs = zip(arrived[0], segment.last.next_functions, strict=True)
+        below = [_or_zeros(g, edge) for g, edge in pairs if edge[0] is not None]
+    return list(found[: len(segment.tensors)]), below
 
 
 def ends(segment: Segment, output: Tensor, leaves: Collection[int]) -> frozenset[Node]:

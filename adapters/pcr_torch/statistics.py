@@ -56,25 +56,36 @@ class BlockSums:
         nothing = torch.zeros(self.blocks, dtype=torch.float64)
         return Scatter(nothing, nothing, nothing)
 
-    def statistics(self, totals: Totals, scatter: Scatter[Tensor], *, merged: bool = False) -> BlockStatistics[Tensor]:
-        """Of the whole batch; `merged`: the scatter is that of all ranks already, not of this one. One all-reduce."""
-        products = self._products(totals)
-        noise = torch.stack([scatter.plasticity_var, scatter.stability_var, scatter.covariance]).double()
+    def statistics(
+        self, totals: Totals, scatter: Scatter[Tensor] | None, *, joined: int | None = None, merged: bool = False
+    ) -> BlockStatistics[Tensor]:
+        """Of the whole batch, in one all-reduce.
+
+        Args:
+            totals: P and S, but P + S in the place `joined`.
+            scatter: None where the noise was not measured.
+            merged: whether the scatter is that of all ranks already, not of this one.
+        """
+        sums = self._products(totals, joined)
+        if scatter is not None:
+            noise = torch.stack([scatter.plasticity_var, scatter.stability_var, scatter.covariance]).double()
+            sums = torch.cat([sums, noise])
         if self.ranks is not None:
-            sums = self.ranks.sum(torch.cat([products, noise]))
-            products, noise = sums[:3], noise if merged else sums[3:] / self.ranks.world**2
+            sums = self.ranks.sum(sums)
+            if scatter is not None:
+                sums[3:] = noise if merged else sums[3:] / self.ranks.world**2
         sizes = torch.tensor([parameter.numel() for parameter in self.parameters.values()], dtype=torch.float64)
         return BlockStatistics(
-            plasticity_sq=products[0],
-            stability_sq=products[1],
-            dot=products[2],
-            plasticity_var=noise[0],
-            stability_var=noise[1],
-            covariance=noise[2],
+            plasticity_sq=sums[0],
+            stability_sq=sums[1],
+            dot=sums[2],
+            plasticity_var=None if scatter is None else sums[3],
+            stability_var=None if scatter is None else sums[4],
+            covariance=None if scatter is None else sums[5],
             size=self._per_block(sizes),
         )
 
-    def _products(self, totals: Totals) -> Tensor:
+    def _products(self, totals: Totals, joined: int | None) -> Tensor:
         """(3, blocks) inner products of the streams' totals: |P|^2, |S|^2, P.S, of them what this rank has to count."""
         p, s = totals
         device = next(iter(self.parameters.values())).device
@@ -83,7 +94,7 @@ class BlockSums:
             share = 1.0 if self.ranks is None else self.ranks.share(k, parameter)
             products = torch.zeros(3, dtype=wide_dtype(parameter.device), device=parameter.device)
             if share and name in p and name in s:
-                products = share * gradient_products(p[name], s[name])
+                products = share * gradient_products(p[name], s[name], joined=joined)
             elif share and (name in p or name in s):
                 alone = 0 if name in p else 1
                 products[alone] = share * inner(totals[alone][name], totals[alone][name])

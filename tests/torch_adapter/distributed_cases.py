@@ -28,6 +28,7 @@ STRATA = torch.tensor([0, 0, 0, 0, 1, 1, 9, 9, 2, 2, 2, 2])  # of the same respo
 ROWS = (range(0, 6), range(6, 12))
 PARTS = ((range(0, 4), range(4, 6)), (range(6, 8), range(8, 12)))
 RULE = pcr_core.PCR(alpha="snr")
+WITHOUT = {"rule": pcr_core.PCR(alpha=0.7), "noise_every": 0}
 TEMPORAL = pcr_core.PCR(alpha="variance", prior=pcr_core.TemporalPrior(0.7))
 
 
@@ -128,9 +129,17 @@ def case(name: str, expected: Callable[[], dict[str, Any]] | None = None) -> Cal
     return add
 
 
-def pair(name: str, wrap: Callable[[nn.Module], nn.Module], make: Callable[[], nn.Module], parts: bool = False) -> None:
+def pair(
+    name: str,
+    wrap: Callable[[nn.Module], nn.Module],
+    make: Callable[[], nn.Module],
+    parts: bool = False,
+    **options: Any,
+) -> None:
     """A model wrapped on two processes, against one."""
-    case(name, lambda: alone(make()))(lambda rank: split(rank, wrap(make()), PARTS[rank] if parts else ()))
+    case(name, lambda: alone(make(), **options))(
+        lambda rank: split(rank, wrap(make()), PARTS[rank] if parts else (), **options)
+    )
 
 
 def llama() -> nn.Module:
@@ -151,6 +160,9 @@ for _name, _wrap in WRAPPERS.items():
     pair(f"{_name}, two micro-batches", _wrap, llama, parts=True)
     pair(f"{_name}, checkpointed", _wrap, lambda: checkpointed(llama(), reentrant=False), parts=True)
     pair(f"{_name}, reentrant", _wrap, lambda: checkpointed(llama(), reentrant=True))
+    pair(f"{_name}, without noise", _wrap, llama, parts=True, **WITHOUT)
+    pair(f"{_name}, without noise, checkpointed", _wrap, lambda: checkpointed(llama(), reentrant=False), **WITHOUT)
+    pair(f"{_name}, without noise, reentrant", _wrap, lambda: checkpointed(llama(), reentrant=True), **WITHOUT)
 pair("ddp, lora", ddp, lora)
 pair("fsdp, lora", WRAPPERS["fsdp"], lora, parts=True)
 pair("ddp, unused looked for", lambda model: ddp(model, find_unused_parameters=True), llama)
@@ -191,6 +203,48 @@ def _(rank: int) -> dict[str, Any]:
     off = model.require_backward_grad_sync
     method.remove()
     return got | {"synchronises": (off, model.require_backward_grad_sync)}
+
+
+@case("ddp, without noise, the ranks keep different sums", lambda: _uneven(llama(), (0, 1), 1))
+def _(rank: int) -> dict[str, Any]:
+    return _uneven(ddp(llama()), (rank,), 0.5)
+
+
+def _uneven(model: nn.Module, which: Sequence[int], share: float) -> dict[str, Any]:
+    """Streams of which the larger is another in each half of the batch."""
+    method = PCR(model, **WITHOUT)
+    data = problem()
+    for half in which:
+        part = data.rows(list(ROWS[half]))
+        logp = part.logp(model)
+        p, s = part.advantages[:, None].expand_as(logp) / share, logp.detach() / share
+        sizes = (1e-2, 1) if half else (1, 1e-2)
+        method.accumulate_cotangents(logp, sizes[0] * p, sizes[1] * s, group_ids=part.group_ids)
+    return outcome(model, method.resolve())
+
+
+@case("a group of one on one rank", lambda: _lonely(llama(), (0, 1), 1))
+def _(rank: int) -> dict[str, Any]:
+    return _lonely(ddp(llama()), (rank,), 0.5)
+
+
+@case("a group of one on one rank, fsdp", lambda: _lonely(llama(), (0, 1), 1))
+def _(rank: int) -> dict[str, Any]:
+    return _lonely(WRAPPERS["fsdp"](llama()), (rank,), 0.5)
+
+
+def _lonely(model: nn.Module, which: Sequence[int], share: float) -> dict[str, Any]:
+    """One rank could measure the noise and the other could not, in the first step and in one more."""
+    method = PCR(model, rule=pcr_core.PCR(alpha=0.7))
+    ids = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7])
+    for _ in range(2):
+        for half in which:
+            accumulate(method, model, ROWS[half], ids, share)
+        report = method.resolve()
+        found = outcome(model, report)
+        model.zero_grad()
+    assert report.path == "autograd"
+    return found
 
 
 @case("fsdp in bfloat16", lambda: alone(llama().to(torch.bfloat16)))
@@ -349,7 +403,7 @@ def _(rank: int) -> dict[str, Any]:
     parallel = parallelize_module(llama(), mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
     sharded = fsdp(llama())
     beside = fsdp(llama())
-    seen = PCR(beside)
+    seen = PCR(beside, noise_every=1)
     accumulate(seen, beside, ROWS[rank], GROUPS)
     seen.resolve()  # leaves a .grad, so that the next is added in place
     up = beside.get_submodule("model.layers.0.mlp.up_proj")
@@ -363,8 +417,8 @@ def _(rank: int) -> dict[str, Any]:
         "static graph": lambda: PCR(ddp(llama(), static_graph=True)),
         "fsdp1": lambda: PCR(FullyShardedDataParallel(llama(), device_id=torch.device("cpu"))),
         "tensor parallel": lambda: PCR(parallel),
-        "loop": lambda: PCR(sharded, norms="loop"),
-        "not linear": lambda: PCR(sharded, blocks="embed_tokens"),
+        "loop": lambda: PCR(sharded, norms="loop", noise_every=1),
+        "not linear": lambda: PCR(sharded, blocks="embed_tokens", noise_every=1),
         "foreign state": lambda: PCR(sharded).load_state_dict(
             state | {"prior": {"plasticity": {"mean": {name: foreign}, "variance": torch.ones(6)}}}
         ),

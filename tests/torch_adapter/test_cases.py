@@ -151,7 +151,7 @@ def test_compiled_models(norms: Any, backend: str, how: Callable[..., Any], firs
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_fullgraph_says_what_to_do() -> None:
     model, data = Small(), batch()
-    method = PCR(model, blocks=r"layers.*weight", norms="fast")
+    method = PCR(model, noise_every=1, blocks=r"layers.*weight", norms="fast")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="for fullgraph=True use norms='loop'"):
         data.logp(compiled)  # type: ignore[arg-type]
@@ -167,8 +167,8 @@ def test_tied_embeddings_in_a_block_take_the_loop() -> None:
     model, data = tiny_model("qwen2"), batch()
     blocks = r"embed_tokens|up_proj"
     with pytest.raises(ValueError, match=r"norms='fast' measures plain .*embed_tokens\.weight: it is tied"):
-        PCR(model, blocks=blocks, norms="fast")
-    assert PCR(model, blocks="mlp").norms == "fast"
+        PCR(model, noise_every=1, blocks=blocks, norms="fast")
+    assert PCR(model, noise_every=1, blocks="mlp").norms == "fast"
     method = PCR(model, blocks=blocks, rule=RULE)
     assert method.norms == "mixed"
     assert [name for name, way in method.path.items() if way != "fast"] == ["model.embed_tokens.weight"]
@@ -224,7 +224,7 @@ def test_a_layer_that_only_looks_plain_takes_the_loop(change: Callable[[nn.Modul
     )
     assert method.norms == "mixed"
     with pytest.raises(ValueError, match=r"norms='fast' measures plain linear layers only; layers\.1\."):
-        PCR(model, blocks="layers", norms="fast")
+        PCR(model, noise_every=1, blocks="layers", norms="fast")
     assert_batch_right(method, data)
     method.remove()
     torch.testing.assert_close(data.logp(model).detach(), before, rtol=0.0, atol=0.0)
@@ -290,7 +290,7 @@ def test_padding_never_contributes(norms: Any, left: list[int]) -> None:
 
 
 def assert_refused_on_the_fast_path(model: nn.Module, data: Batch, logp_of: Callable[[], Tensor], message: str) -> None:
-    method = PCR(model, norms="fast")
+    method = PCR(model, noise_every=1, norms="fast")
     logp = logp_of()
     with pytest.raises(ValueError, match=message):
         method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
@@ -318,7 +318,7 @@ def test_packed_rows_take_the_loop() -> None:
     assert_right(method, lp := logp(), data.objective(lp), data.group_ids, rows=rows)
     assert "rows of its input are not known" in method.path["model.layers.0.mlp.up_proj.weight"]
     with pytest.raises(ValueError, match=r"logp: expected a tensor \(responses, tokens\)"):
-        PCR(model, norms="loop").accumulate(lp.flatten(), data.objective(lp), group_ids=data.group_ids)
+        PCR(model, noise_every=1, norms="loop").accumulate(lp.flatten(), data.objective(lp), group_ids=data.group_ids)
 
 
 def put(t: Tensor, order: Tensor) -> Tensor:
@@ -410,7 +410,7 @@ def test_a_branch_not_taken(norms: Any) -> None:
     """In one micro-batch: the other counts alone. In none of them: no gradient, as after a plain backward."""
     branch = Branch()
     model, data = Small(branch), batch()
-    method = PCR(model, blocks=r"yes.weight|no.weight", norms=norms, rule=pcr_core.GRPO())
+    method = PCR(model, noise_every=1, blocks=r"yes.weight|no.weight", norms=norms, rule=pcr_core.GRPO())
     assert_batch_right(method, data)
     assert branch.no.weight.grad is None
     (index,) = [b for b, block in enumerate(method.blocks) if block.name == "layers.0.no.weight"]
@@ -554,7 +554,7 @@ def test_reentrant_checkpointing_is_refused_in_the_loop() -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # type: ignore[operator]
         model.enable_input_require_grads()  # type: ignore[operator]
         model.train()
-        method = PCR(model, norms="loop")
+        method = PCR(model, noise_every=1, norms="loop")
         logp = data.logp(model)
         with pytest.raises(RuntimeError, match="use_reentrant"):
             method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)

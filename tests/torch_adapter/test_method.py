@@ -54,13 +54,13 @@ def test_sum_rule_gives_the_ordinary_gradient_everywhere(architecture: str, norm
     (objective.plasticity_loss + objective.stability_loss).sum().backward()
     expected = gradients(model)
     model.zero_grad()
-    run(model, PCR(model, rule=pcr_core.GRPO(), norms=norms), data)
+    run(model, PCR(model, noise_every=1, rule=pcr_core.GRPO(), norms=norms), data)
     assert_same(gradients(model), expected)
 
 
 def test_other_parameters_take_the_sum_and_blocks_the_weighted_sum() -> None:
     model, data = tiny_model("llama"), batch()
-    run(model, PCR(model, rule=pcr_core.GRPO()), data)
+    run(model, PCR(model, noise_every=1, rule=pcr_core.GRPO()), data)
     plain = gradients(model)
     model.zero_grad()
     report = run(model, PCR(model, rule=pcr_core.PCR(alpha=1.0)), data)
@@ -78,7 +78,7 @@ def test_other_parameters_take_the_sum_and_blocks_the_weighted_sum() -> None:
 def test_a_run_that_begins_at_its_reference_begins(lora: bool, blocks: str, norms: Any) -> None:
     """The blocks hold all that is trained and S is 0, which is the shortest combination; the step is P's."""
     model, data = tiny_model("llama", lora=lora), batch()
-    method = PCR(model, blocks=blocks, rule=pcr_core.MGDA(), norms=norms)
+    method = PCR(model, noise_every=1, blocks=blocks, rule=pcr_core.MGDA(), norms=norms)
     steps = {}
     for rule in (pcr_core.GRPO(), pcr_core.MGDA()):
         method.rule = rule
@@ -115,7 +115,7 @@ def test_an_update_beyond_half_precision_is_reported(rule: pcr_core.Rule) -> Non
 @pytest.mark.parametrize("norms", ["fast", "loop"])
 def test_micro_batches_of_whole_groups_equal_one_batch(norms: Any) -> None:
     model, data = tiny_model("llama"), batch()
-    method = PCR(model, norms=norms)
+    method = PCR(model, noise_every=1, norms=norms)
     whole = run(model, method, data, normalization="dapo")
     expected = gradients(model)
     model.zero_grad()
@@ -147,7 +147,7 @@ def test_micro_batches_of_whole_groups_equal_one_batch(norms: Any) -> None:
 
 def test_group_ids_may_be_any_integers_in_any_order() -> None:
     model, data = tiny_model("llama"), batch()
-    method = PCR(model)
+    method = PCR(model, noise_every=1)
     one = run(model, method, data)
     renamed = Batch(data.tokens, data.mask, 1000 - data.group_ids.to(torch.int32), data.advantages, data.prompt)
     other = run(model, method, renamed)
@@ -157,7 +157,7 @@ def test_group_ids_may_be_any_integers_in_any_order() -> None:
 def test_streams_from_different_forward_passes() -> None:
     """A stability loss on other data: no shared noise, and each stream as if it were alone."""
     model, data, replay = tiny_model("llama"), batch(), batch(n=4, length=7, seed=9)
-    method = PCR(model)
+    method = PCR(model, noise_every=1)
     logp = data.logp(model)
     plasticity = data.objective(logp).plasticity_cotangent
     method.accumulate_plasticity(logp, plasticity, group_ids=data.group_ids)
@@ -233,7 +233,7 @@ def test_a_step_that_is_not_finite_leaves_the_temporal_prior_as_it_was() -> None
 
 def test_resolve_adds_to_gradients_that_are_there() -> None:
     model, data = tiny_model("llama"), batch()
-    method = PCR(model)
+    method = PCR(model, noise_every=1)
     run(model, method, data)
     alone = gradients(model)
     model.zero_grad()
@@ -248,11 +248,11 @@ def test_resolve_adds_to_gradients_that_are_there() -> None:
 def test_non_finite_gradients_stay_so_and_are_named(norms: Any) -> None:
     """A NaN that reaches one layer only: its blocks are NaN and flagged, the others' statistics stay finite."""
     model, data = tiny_model("llama"), batch()
-    method = PCR(model, norms=norms)
+    method = PCR(model, noise_every=1, norms=norms)
     hook = model.get_submodule("model.layers.0.mlp.up_proj").register_full_backward_hook(
         lambda module, grad_in, grad_out: (grad_in[0] * math.nan,)
     )
-    clean = PCR(copy.deepcopy(tiny_model("llama")), norms=norms)
+    clean = PCR(copy.deepcopy(tiny_model("llama")), noise_every=1, norms=norms)
     reference = run(clean.model, clean, data)
     report = run(model, method, data)
     hook.remove()
@@ -280,7 +280,7 @@ def test_lora_at_initialisation_is_harmless() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["up_proj"]))  # type: ignore[arg-type]
-    report = run(model, PCR(model), batch())
+    report = run(model, PCR(model, noise_every=1), batch())
     assert report.finite
     a_blocks = [i for i, block in enumerate(report.blocks) if block.family.endswith("lora_A")]
     assert report.statistics.stability_sq[a_blocks].tolist() == [0.0, 0.0]
@@ -292,7 +292,7 @@ def test_outside_accumulate_the_model_is_as_before() -> None:
     data.logp(model).sum().backward()
     expected = gradients(model)
     model.zero_grad()
-    method = PCR(model, norms="fast")
+    method = PCR(model, noise_every=1, norms="fast")
     data.logp(model).sum().backward()
     assert_same(gradients(model), expected, rtol=1e-6)
     with torch.no_grad():
@@ -306,14 +306,14 @@ def test_optimizers_step_on_the_update() -> None:
         model = tiny_model("llama")
         optimizer = make(model.parameters(), lr=1e-2)
         before = model.get_parameter("model.layers.0.mlp.up_proj.weight").detach().clone()
-        run(model, PCR(model), batch())
+        run(model, PCR(model, noise_every=1), batch())
         optimizer.step()
         assert not torch.equal(before, model.get_parameter("model.layers.0.mlp.up_proj.weight"))
 
 
 def test_report_metrics() -> None:
     model = tiny_model("llama")
-    report = run(model, PCR(model), batch())
+    report = run(model, PCR(model, noise_every=1), batch())
     metrics = report.metrics()
     assert metrics["pcr/conflict_rate"] == pytest.approx(float(report.weights.conflict.double().mean()))
     assert metrics["pcr/plasticity_norm"] == pytest.approx(float(report.statistics.plasticity_sq.sum().sqrt()))
@@ -340,7 +340,7 @@ def test_report_metrics() -> None:
 )
 def test_bad_batches_are_refused_by_name(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
     model, data = tiny_model("llama"), batch()
-    method = PCR(model)
+    method = PCR(model, noise_every=1)
     logp = data.logp(model)
     objective = data.objective(logp)
     arguments = {
@@ -358,39 +358,39 @@ def test_bad_batches_are_refused_by_name(change: dict[str, Tensor], error: type[
 def test_bad_options_are_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="norms: expected one of"):
-        PCR(model, norms="ghost")  # type: ignore[arg-type]
+        PCR(model, noise_every=1, norms="ghost")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="strata: expected one of"):
-        PCR(model, strata="prompt")  # type: ignore[arg-type]
+        PCR(model, noise_every=1, strata="prompt")  # type: ignore[arg-type]
     for rule in ("pcr", pcr_core.PCR):
         with pytest.raises(TypeError, match=r"rule: expected a rule such as pcr_core\.PCR\(\) or pcr_core\.make_rule"):
             PCR(model, rule=rule)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"norms='fast'.*embed_tokens"):
-        PCR(model, blocks="all", norms="fast")
-    assert PCR(model, blocks="all").norms == "mixed"
+        PCR(model, noise_every=1, blocks="all", norms="fast")
+    assert PCR(model, noise_every=1, blocks="all").norms == "mixed"
     with pytest.raises(ValueError, match="DataParallel copies the model within one process"):
         PCR(nn.DataParallel(model))
     with pytest.raises(TypeError, match=r"objective: expected a pcr_core\.Objective"):
-        PCR(model).accumulate(torch.zeros(2, 2), None, group_ids=torch.zeros(2))  # type: ignore[arg-type]
+        PCR(model, noise_every=1).accumulate(torch.zeros(2, 2), None, group_ids=torch.zeros(2))  # type: ignore[arg-type]
 
 
 def test_state_of_other_blocks_is_refused() -> None:
     model = tiny_model("llama")
-    state = PCR(model, granularity="layer").state_dict()
+    state = PCR(model, noise_every=1, granularity="layer").state_dict()
     with pytest.raises(ValueError, match="belongs to 2 other blocks"):
-        PCR(model, granularity="tensor").load_state_dict(state)
+        PCR(model, noise_every=1, granularity="tensor").load_state_dict(state)
 
 
 def test_batch_strata_allow_groups_of_one() -> None:
     model, data = tiny_model("llama"), batch()
     lonely = Batch(data.tokens, data.mask, torch.arange(6), data.advantages, data.prompt)
-    report = run(model, PCR(model, strata="batch"), lonely)
+    report = run(model, PCR(model, noise_every=1, strata="batch"), lonely)
     assert report.finite
     assert bool((report.statistics.plasticity_var > 0).all())
 
 
 def test_discard_forgets_what_is_not_in_grad() -> None:
     model = tiny_model("llama")
-    method = PCR(model, rule=pcr_core.GRPO())
+    method = PCR(model, noise_every=1, rule=pcr_core.GRPO())
     expected = gradients_of_a_step(model, method)
     accumulate(model, method)
     with pytest.raises(RuntimeError, match="between accumulate"):
@@ -406,7 +406,7 @@ def test_discard_forgets_what_is_not_in_grad() -> None:
 def test_half_a_micro_batch_is_never_resolved(norms: Any) -> None:
     """An error in a backward pass leaves a part of the micro-batch in the totals and in the others' gradients."""
     model = tiny_model("llama")
-    method = PCR(model, rule=pcr_core.GRPO(), norms=norms)
+    method = PCR(model, noise_every=1, rule=pcr_core.GRPO(), norms=norms)
     expected = gradients_of_a_step(model, method)
     accumulate(model, method)
     logp = batch().logp(model)
@@ -432,7 +432,7 @@ def test_hooks_on_parameters_run_or_are_refused(norms: Any) -> None:
     model = tiny_model("llama")
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     handle = weight.register_hook(lambda g: 0 * g)
-    method = PCR(model, rule=pcr_core.GRPO(), norms=norms)
+    method = PCR(model, noise_every=1, rule=pcr_core.GRPO(), norms=norms)
     if norms == "loop":
         assert not gradients_of_a_step(model, method)["model.layers.0.mlp.up_proj.weight"].any()
     else:

@@ -173,7 +173,7 @@ def assert_auto_equals_loop(
 
 def test_rows_that_nothing_depends_on_belong_to_nobody() -> None:
     layer = nn.Linear(3, 2)
-    method = PCR(nn.Sequential(layer), blocks="weight")
+    method = PCR(nn.Sequential(layer), noise_every=1, blocks="weight")
     hidden = layer(torch.randn(5, 4, 3))
     logp = hidden[torch.tensor([3, 0])].sum(-1)
     (owners,) = survey(logp).calls["0"]
@@ -184,7 +184,7 @@ def test_rows_that_nothing_depends_on_belong_to_nobody() -> None:
 
 def test_the_log_says_once_which_parameters_take_the_loop(caplog: pytest.LogCaptureFixture) -> None:
     model, data = tiny_model("qwen2"), batch()
-    method = PCR(model, blocks="embed_tokens|up_proj")
+    method = PCR(model, noise_every=1, blocks="embed_tokens|up_proj")
     for _ in range(2):
         logp = data.logp(model)
         method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)

@@ -20,7 +20,7 @@ from pcr_torch.products import _batched, _gram, _spans, prefers_gram, weight_pro
 
 def pull(model: nn.Module, data: Batch, norms: str, **options: object) -> tuple[Report, dict[str, Tensor]]:
     model.zero_grad()
-    method = PCR(model, norms=norms, **options)  # type: ignore[arg-type]
+    method = PCR(model, noise_every=1, norms=norms, **options)  # type: ignore[arg-type]
     assert method.norms == norms
     logp = data.logp(model)
     method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
@@ -34,7 +34,7 @@ def resolved(
 ) -> tuple[BlockStatistics[Tensor], dict[str, Tensor]]:
     """`pull` for cotangents of one's own."""
     model.zero_grad()
-    method = PCR(model, **options)
+    method = PCR(model, noise_every=1, **options)
     method.accumulate_cotangents(logp_of(), *cotangents, group_ids=group_ids)
     report = method.resolve()
     method.remove()
@@ -268,7 +268,7 @@ def test_realistic_sizes() -> None:
 def test_gradients_far_from_one_keep_their_statistics(scale: float) -> None:
     """Squares of float32 gradients would leave float32's range."""
     model, data = tiny_model("llama"), batch()
-    method = PCR(model, norms="fast")
+    method = PCR(model, noise_every=1, norms="fast")
     reports = []
     for factor in (1.0, scale):
         logp = data.logp(model)
@@ -306,13 +306,13 @@ def test_a_layer_used_twice_takes_the_loop() -> None:
         out: Tensor = logits.gather(-1, data.tokens[:, data.prompt :, None]).squeeze(-1)
         return out
 
-    method = PCR(model, blocks="shared.weight", norms="fast")
+    method = PCR(model, noise_every=1, blocks="shared.weight", norms="fast")
     lp = logp()
     with pytest.raises(ValueError, match=r"shared\.weight cannot be measured.*used twice.*norms='auto'"):
         method.accumulate(lp, data.objective(lp), group_ids=data.group_ids)
     method.remove()
     model.zero_grad()
-    method = PCR(model, blocks="shared.weight", rule=pcr_core.GRPO())
+    method = PCR(model, noise_every=1, blocks="shared.weight", rule=pcr_core.GRPO())
     lp = logp()
     objective = data.objective(lp)
     (expected,) = torch.autograd.grad(
@@ -336,7 +336,7 @@ def test_a_weight_read_outside_its_layer_is_refused() -> None:
             return self.embed(tokens) @ self.lm_head.weight.T
 
     model, data = Fused(), batch()
-    method = PCR(model, blocks="lm_head", norms="fast")
+    method = PCR(model, noise_every=1, blocks="lm_head", norms="fast")
     logp = model(data.tokens)[:, data.prompt - 1 : -1].log_softmax(-1)
     logp = logp.gather(-1, data.tokens[:, data.prompt :, None]).squeeze(-1)
     with pytest.raises(

@@ -28,7 +28,7 @@ from pcr_torch.segments import Segment, ends, segments
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
 def test_segments_end_at_the_residual_stream(architecture: str) -> None:
     model = tiny_model(architecture)
-    method = PCR(model, norms="fast")
+    method = PCR(model, noise_every=1, norms="fast")
     chain = segments(batch().logp(model))
     method.remove()
     ends = [segment.last.name() for segment in chain if segment.last is not None]
@@ -77,7 +77,7 @@ def paths(calls: Collection[Any]) -> set[str]:
 
 def test_of_the_lowest_blocks_only_the_sum_goes_on() -> None:
     model = tiny_model("llama")
-    method = PCR(model, norms="fast")
+    method = PCR(model, noise_every=1, norms="fast")
     ours = {id(p) for name, p in model.named_parameters() if "layers.1.mlp" in name}
     logp = batch().logp(model)
     found = [paths(ends(segment, logp, ours)) for segment in segments(logp) if ours & segment.leaves]
@@ -190,7 +190,7 @@ def test_what_several_segments_use_gets_all_its_parts(hooked: bool) -> None:
     if hooked:  # autograd's to run
         for parameter in model.norm.parameters():
             parameter.register_hook(lambda gradient: 2 * gradient)
-    method = PCR(model, blocks=r"layers\.\d.weight", norms="fast")
+    method = PCR(model, noise_every=1, blocks=r"layers\.\d.weight", norms="fast")
     chain = segments(logp_of(model, torch.randint(31, (6, 5))))
     method.remove()
     assert len(chain) == (1 if hooked else 4)
@@ -202,7 +202,7 @@ def test_what_several_segments_use_gets_all_its_parts(hooked: bool) -> None:
 def test_segments_that_end_in_several_shapes_or_without_a_gradient() -> None:
     torch.manual_seed(0)
     model = Joining()
-    method = PCR(model, blocks=r"layers\.\d.weight", norms="fast")
+    method = PCR(model, noise_every=1, blocks=r"layers\.\d.weight", norms="fast")
     assert len(segments(logp_of(model, torch.randint(31, (6, 5))))) > 3
     method.remove()
     assert_streams(model)
@@ -246,7 +246,7 @@ class Chain(Skipping):
 def test_the_lowest_block_may_lie_on_a_layer_frozen_meanwhile() -> None:
     torch.manual_seed(0)
     model = Chain()
-    method = PCR(model, blocks=r"layers\.\d.weight", norms="fast")
+    method = PCR(model, noise_every=1, blocks=r"layers\.\d.weight", norms="fast")
     model.low.requires_grad_(False)
     logp, cotangents, ids = problem(model)
     method.accumulate_cotangents(logp(), *cotangents, group_ids=ids)
@@ -295,7 +295,7 @@ def test_an_ordinary_backward_pass_is_left_alone(architecture: str) -> None:
     data.logp(model).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    method = PCR(model)
+    method = PCR(model, noise_every=1)
     data.logp(model).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     method.remove()
@@ -304,7 +304,7 @@ def test_an_ordinary_backward_pass_is_left_alone(architecture: str) -> None:
 
 def test_nothing_keeps_a_dropped_graph_alive() -> None:
     model = tiny_model("llama")
-    method = PCR(model)
+    method = PCR(model, noise_every=1)
     seen: list[weakref.ref[Tensor]] = []
     hook = model.model.layers[1].mlp.act_fn.register_forward_hook(
         lambda _module, _args, out: seen.append(weakref.ref(out))

@@ -44,7 +44,7 @@ def test_a_hook_on_the_log_probabilities_keeps_streams_apart() -> None:
     found = {}
     for norms in ("loop", "fast"):
         model, data = tiny_model("llama"), batch()
-        method = PCR(model, norms=norms)  # type: ignore[arg-type]
+        method = PCR(model, noise_every=1, norms=norms)  # type: ignore[arg-type]
         logp = data.logp(model)
         logp.register_hook(lambda gradient: gradient - gradient.mean(dim=1, keepdim=True))
         method.accumulate_cotangents(logp, *cotangents_of("ordinary"), group_ids=data.group_ids)
@@ -55,7 +55,7 @@ def test_a_hook_on_the_log_probabilities_keeps_streams_apart() -> None:
 
 def test_float16_takes_two_passes() -> None:
     model = tiny_model("llama")
-    method = PCR(model)
+    method = PCR(model, noise_every=1)
     with torch.autocast("cpu", torch.float16):
         chain = segments(batch().logp(model))
     method.remove()
@@ -116,7 +116,7 @@ def test_what_is_not_finite_stays_visible() -> None:
     for broken in (float("nan"), float("inf")):
         p[3, 2] = broken
         model = tiny_model("llama")
-        method = PCR(model)
+        method = PCR(model, noise_every=1)
         data = batch()
         method.accumulate_cotangents(data.logp(model), p, s, group_ids=data.group_ids)
         assert not method.resolve().finite

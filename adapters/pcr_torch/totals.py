@@ -1,0 +1,128 @@
+"""Both streams' gradients by ordinary automatic differentiation, for rules that need no noise.
+
+Two backward passes over the graph of the log-probabilities: one of a single stream, which forms the gradients of the
+block parameters alone, and an ordinary one of the streams' sum. The sum's gradient T is that of a plain backward pass
+to the last bit, and the other stream's is T less the first's, which is never written to memory: `combine.py` turns
+a P + b S into a T + (b - a) S. The single stream is the smaller one, so that the difference keeps the other's digits.
+Nothing is asked of the model but that autograd can go through its graph twice.
+
+The passes go through the graph by segments (`segments.py`), so that memory is freed as in one pass. Above the topmost
+segment with block parameters, one pass of the sum serves both streams where rows of tokens are apart (`rows.py`);
+below the lowest the sum goes on alone.
+
+Where gradients of chosen parameters cannot be asked for (sharded weights, reentrant checkpointing), or where a hook may
+do anything to a stream, two whole passes give P and S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from pcr_torch.distributed import kept_whole, local
+from pcr_torch.pullback import Total, total_dtype
+from pcr_torch.rows import row_shares, share_of
+from pcr_torch.segments import Segment, back, back_for, segments_around
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one microbatch gives each block parameter, by name; absent where it was not used.
+
+    Attributes:
+        streams: gradients of each stream, but that of the streams' sum at `joined`.
+        joined: index of the stream in whose place the sum's gradients are; None where there is none.
+    """
+
+    streams: tuple[Total, ...]
+    joined: int | None
+
+
+def pull_totals(
+    logp: Tensor,
+    cotangents: Sequence[Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    fsdp: Sequence[FSDPModule] = (),
+    joined: int | None = None,
+) -> Gradients:
+    """Backward passes over logp's graph, which is freed; gradients of other parameters are added to their .grad.
+
+    Args:
+        logp: (n, T) with its graph.
+        cotangents: one or two of shape (n, T).
+        parameters: the block parameters by name; their .grad is left as it was.
+        fsdp: the model's sharded modules.
+        joined: of which stream the sum takes the place, where it does; None for that of the larger cotangents.
+    """
+    with _set_aside(parameters):
+        if len(cotangents) == 1:
+            torch.autograd.backward(logp, cotangents[0])
+            return Gradients((_taken(parameters),), None)
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        hooked = any(parameter._backward_hooks for parameter in parameters.values())
+        chain = None if fsdp or hooked else segments_around(logp, names.keys())
+        if chain is not None:
+            joined = _larger(cotangents) if joined is None else joined
+            single = _by_segments(chain, logp, cotangents, 1 - joined, names)
+            wide = {name: gradient.to(total_dtype(parameters[name])) for name, gradient in single.items()}
+            both = _taken(parameters)
+            return Gradients((both, wide) if joined == 0 else (wide, both), joined)
+        with kept_whole(fsdp):
+            torch.autograd.backward(logp, cotangents[0], retain_graph=True)
+        first = _taken(parameters)
+        torch.autograd.backward(logp, cotangents[1])
+        return Gradients((first, _taken(parameters)), None)
+
+
+def _larger(cotangents: Sequence[Tensor]) -> int:
+    norms = [torch.linalg.vector_norm(cotangent, dtype=total_dtype(cotangent)) for cotangent in cotangents]
+    return int(norms[1] > norms[0])
+
+
+def _by_segments(
+    chain: Sequence[Segment], logp: Tensor, cotangents: Sequence[Tensor], single: int, names: Mapping[int, str]
+) -> Total:
+    """A single stream's gradients of the leaves with `names` by id; the sum's are added to .grad on the way."""
+    found: Total = {}
+    lowest = max((k for k, segment in enumerate(chain) if segment.tensors), default=-1)
+    total, stream = [cotangents[0] + cotangents[1]], [cotangents[single]]
+    shares = row_shares(cotangents) if chain[0].below and lowest >= 0 and not logp._backward_hooks else None
+    for k, segment in enumerate(chain):
+        if k <= lowest and (k > 0 or shares is None):
+            gradients, stream = back_for(segment, logp, stream, onward=k < lowest)
+            for leaf, gradient in zip(segment.tensors, gradients, strict=True):
+                if gradient is not None:
+                    found[names[id(leaf)]] = gradient
+        total = back(segment, logp, total, keep=False)
+        if k == 0 and shares is not None:
+            stream = [share_of(g, shares[single][rows]) for g, rows in zip(total, segment.below, strict=True)]
+    return found
+
+
+def _taken(parameters: Mapping[str, nn.Parameter]) -> Total:
+    """The parameters' gradients, which are theirs no longer."""
+    taken: Total = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            taken[name] = local(parameter.grad).to(total_dtype(parameter))
+            parameter.grad = None
+    return taken
+
+
+@contextmanager
+def _set_aside(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Without the gradients that are there, which are put back."""
+    before = {name: parameter.grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = before[name]
