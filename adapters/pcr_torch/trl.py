@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import transformers.trainer
 from torch import Tensor
 
 from pcr_core.statistics import Strata
@@ -92,13 +93,18 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
 
     # -- bound to the model while it is trained --------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's. The model's layers have their own forward again when it ends, whichever way."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """TRL's. The model's layers have their own forward again when it ends, whichever way.
+
+        A damaged checkpoint is refused by the name of its file; `resume_from_checkpoint=True` takes the newest whole
+        one of the output folder.
+        """
+        checkpoint = checkpoints.chosen(self, resume_from_checkpoint)
         watched = self._watched(self.compute_loss)
         try:
             # a training step evaluates compute_loss and ends in accelerator.backward(loss), with no hook between
             with _replaced(self, compute_loss=watched), _replaced(self.accelerator, backward=self._accumulate):
-                return super().train(*args, **kwargs)
+                return super().train(checkpoint, *args, **kwargs)
         finally:
             self._release()
 
@@ -279,9 +285,14 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # before the rest: at its end the trainer deletes older checkpoints, which a kill until then must find
-        checkpoints.save(self, os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"))
-        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        checkpoints.save(self, folder)
+        rotate, late = transformers.trainer.rotate_checkpoints, []
+        with _replaced(transformers.trainer, rotate_checkpoints=lambda *args, **kwargs: late.append((args, kwargs))):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes files of its own
+        if self.args.should_save:  # older checkpoints go when this one is known to be whole
+            checkpoints.finish(folder, lambda: [rotate(*args, **kwargs) for args, kwargs in late])
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._sampler = super()._get_train_sampler(dataset)
@@ -293,7 +304,6 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         return epochs, steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoints.refuse_damaged(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoints.restore_weights(self, resume_from_checkpoint)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -17,17 +16,15 @@ from typing import Any
 from rich.console import Console
 
 from pcr_train import plots
-from pcr_train.engine import Engine, Policy, load_engine, response_limit
+from pcr_train.engine import Policy, load_engine, response_limit
 from pcr_train.evaluate import Evaluation, Exam
+from pcr_train.folder import PREPARING, alone_in, claim, last_checkpoint, reclaim, step_of
 from pcr_train.meter import Meter, measure
 from pcr_train.progress import MetricsFile, StepLine, read_metrics
 from pcr_train.settings import Settings, replace_text
 from pcr_train.tasks import Problem, Task, load_task
 
 RETENTION_POOL = 48
-_WRITTEN = ("start", "checkpoint-*", "*.json", "metrics.jsonl", "plot.png", "README.md")
-_LOCK = ".pcr-train.lock"
-_CLAIMED = ".pcr-train"  # marks a folder in which a run is being prepared, until it has its settings.json
 
 
 class Interrupted(Exception):
@@ -65,49 +62,19 @@ def train(
     """
     if resume and not (folder / "settings.json").exists():
         raise ValueError(f"--resume: {folder} holds no settings.json, so no run of pcr-train was started there")
-    with _alone_in(folder):
+    with alone_in(folder, "--resume" if resume else "--out"):
         return _train(settings, folder, resume=resume, console=console or Console(), plot=plot)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """A lock that the system holds for this process, and takes back when it ends, however that comes about."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("a+")
-    except OSError as error:
-        raise ValueError(f"--out: {folder} cannot be written: {error.strerror}") from error
-    with file:
-        try:
-            _lock(file)
-        except OSError:
-            file.seek(0)
-            raise ValueError(
-                f"{folder}: another run is going on in this folder (process {file.read().strip() or 'unknown'}); wait "
-                "for its end, or give another --out"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _lock(file: Any) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        return
-    import fcntl
-
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _train(settings: Settings, folder: Path, *, resume: bool, console: Console, plot: bool) -> Outcome:
     started = time.perf_counter()
     kind = load_engine(settings.framework)
     kind.check(settings)
-    checkpoint = _claim(settings, folder, resume, kind, console)
+    checkpoint = None
+    if resume:
+        checkpoint = reclaim(settings, folder, kind, console)
+    else:
+        claim(folder)
     task = load_task(
         settings.task, settings.task_options, seed=settings.seed, shots=settings.shots, style=settings.style
     )
@@ -118,12 +85,12 @@ def _train(settings: Settings, folder: Path, *, resume: bool, console: Console, 
         exam = _exam(settings, task, other, engine.tokenizer)
         engine.prepare(exam.problems)
     settings.save(folder / "settings.json")
-    (folder / _CLAIMED).unlink(missing_ok=True)
+    (folder / PREPARING).unlink(missing_ok=True)
     with console.status("measuring the model before training"):
         before, known = _before(exam, engine, folder / "before.json", resume)
-    metrics.truncate(_step_of(checkpoint))
+    metrics.truncate(step_of(checkpoint))
     with (
-        StepLine(console, total=settings.steps, done=_step_of(checkpoint)) as line,
+        StepLine(console, total=settings.steps, done=step_of(checkpoint)) as line,
         _graceful_interrupt(console) as interrupt,
     ):
 
@@ -148,69 +115,6 @@ def _train(settings: Settings, folder: Path, *, resume: bool, console: Console, 
     return Outcome(
         folder, picture, metrics.path, saved, before, after, other.name if other else "", measure(rows), seconds
     )
-
-
-def last_checkpoint(folder: Path, kind: type[Engine]) -> Path | None:
-    """The newest complete checkpoint of a run: a kill may have left a half-written one."""
-    return max(filter(kind.is_complete, _checkpoints(folder)), key=_step_of, default=None)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """ValueError for what is only named like one: the trainer deletes all but the newest of `checkpoint-*`."""
-    found = list(folder.glob("checkpoint-*"))
-    for path in found:
-        if not path.name.removeprefix("checkpoint-").isdigit():
-            raise ValueError(
-                f"{path} is no checkpoint of this run, and its name would have the trainer delete it as an old one; "
-                "rename it or move it away"
-            )
-    return found
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def _claim(settings: Settings, folder: Path, resume: bool, kind: type[Engine], console: Console) -> Path | None:
-    """Checks that `folder` fits the request, and finds the checkpoint to resume."""
-    file = folder / "settings.json"
-    if resume:
-        different = Settings.load(file).differences(settings)
-        if different:
-            raise ValueError(
-                f"--resume: {', '.join('--' + name.replace('_', '-') for name in different)} differs from the run in "
-                f"{folder}; leave it out to continue that run, or start a new one with another --out"
-            )
-        _set_aside_damaged(folder, kind, console)
-        checkpoint = last_checkpoint(folder, kind)  # none: it stopped before the first, so it starts again
-        if settings.steps < _step_of(checkpoint):
-            raise ValueError(f"--steps: {settings.steps} is less than the {_step_of(checkpoint)} steps already taken")
-    else:
-        if file.exists():
-            raise ValueError(f"--out: {folder} already holds a run; continue it with --resume {folder}")
-        claimed = folder / _CLAIMED
-        foreign = [] if claimed.exists() else [name for pattern in _WRITTEN for name in folder.glob(pattern)]
-        if foreign:
-            raise ValueError(
-                f"--out: {foreign[0]} is not a run's, which would overwrite or delete it; name another folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        claimed.touch()
-        shutil.rmtree(folder / "start", ignore_errors=True)
-        checkpoint = None
-    return checkpoint
-
-
-def _set_aside_damaged(folder: Path, kind: type[Engine], console: Console) -> None:
-    """Checkpoints that were written whole and are not any more: kept under another name, and told."""
-    for checkpoint in filter(kind.is_complete, _checkpoints(folder)):
-        file = kind.damaged(checkpoint)
-        if file is not None:
-            kept = folder / f"damaged-{checkpoint.name}"
-            checkpoint.rename(kept)
-            before = last_checkpoint(folder, kind)
-            where = "from the start: there is no other checkpoint" if before is None else f"after {before.name}"
-            console.print(f"{file} is damaged; it is kept in {kept}, and the run goes on {where}", highlight=False)
 
 
 def _other_task(settings: Settings) -> Task | None:

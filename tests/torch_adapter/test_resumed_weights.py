@@ -171,19 +171,89 @@ def test_a_mixture_of_experts_goes_on_as_it_was(mixture: Path, tmp_path: Path, m
         assert torch.equal(one, other), name
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "pcr_state.pt", "trainer_state.json"]
-)
-def test_files_that_were_cut_off_are_named(name: str, saved_once: Path, folder: Path, tmp_path: Path) -> None:
+FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "pcr_state.pt", "trainer_state.json"]
+
+
+def cut_off(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+def flipped(data: bytes) -> bytes:
+    """One bit of the middle, where a file holds its numbers."""
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+DAMAGES = [
+    *((name, damage, True) for name in FILES for damage in (cut_off, flipped)),
+    *((name, cut_off, False) for name in FILES),  # without checksums, by their formats
+    *((name, flipped, False) for name in ("optimizer.pt", "pcr_state.pt")),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "sealed"), DAMAGES)
+def test_damaged_files_are_named(
+    name: str, damage: Callable[[bytes], bytes], sealed: bool, saved_once: Path, folder: Path, tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "checkpoint-1"
     shutil.copytree(saved_once, checkpoint)
+    if not sealed:  # as on the hub
+        (checkpoint / "checksums.json").unlink()
     assert checkpoints.damaged(checkpoint) is None
     file = checkpoint / name
-    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    file.write_bytes(damage(file.read_bytes()))
     assert checkpoints.damaged(checkpoint) == file
-    with pytest.raises(ValueError, match=rf"{name} is damaged.*earlier checkpoint"):
+    with pytest.raises(ValueError, match=rf"({name} is damaged|not written to its end).*earlier checkpoint"):
         train(PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=str(checkpoint), max_steps=2)
     assert file.exists()
+
+
+def test_a_flipped_bit_in_a_weight_is_refused_without_checksums_too(
+    saved_once: Path, folder: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    shutil.copytree(saved_once, checkpoint)
+    (checkpoint / "checksums.json").unlink()
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(flipped(file.read_bytes()))
+    with pytest.raises(ValueError, match="1 of 21 weights are not those that were saved"):
+        train(PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=str(checkpoint), max_steps=2)
+
+
+def test_true_resumes_the_newest_whole_checkpoint(
+    saved_once: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        shutil.copytree(saved_once, tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
+    file = tmp_path / "checkpoint-2" / "optimizer.pt"
+    file.write_bytes(cut_off(file.read_bytes()))
+    _, gradients = train(PCRTrainer, PCRConfig, folder, tmp_path, resume=True, max_steps=2)
+    assert len(gradients.steps) == 1
+    assert f"checkpoint-2 is passed over: {file} is damaged" in caplog.text
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint \(2 are damaged"):
+        train(PCRTrainer, PCRConfig, folder, tmp_path, resume=True, max_steps=2)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_only_older_checkpoint_is_deleted_when_the_newer_is_verified(
+    whole: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = PCRTrainer._save_rng_state
+
+    def torn(self: Any, out: str) -> None:
+        write(self, out)
+        if out.endswith("2") and not whole:
+            file = Path(out) / "optimizer.pt"
+            file.write_bytes(cut_off(file.read_bytes()))
+
+    monkeypatch.setattr(PCRTrainer, "_save_rng_state", torn)
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    train(PCRTrainer, PCRConfig, folder, tmp_path, max_steps=2, **options)
+    left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert left == (["checkpoint-2"] if whole else ["checkpoint-1", "checkpoint-2"])
+    assert ("optimizer.pt is damaged as soon as it was written" in caplog.text) != whole
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ class Gradients(TrainerCallback):
 
 
 def train(
-    cls: Any, config: Any, folder: Path, out: Path, resume: str | None = None, **options: Any
+    cls: Any, config: Any, folder: Path, out: Path, resume: str | bool | None = None, **options: Any
 ) -> tuple[Any, Gradients]:
     settings: dict[str, Any] = {
         "output_dir": str(out),

@@ -102,6 +102,7 @@ def refused(folder: Path, out: Path, **settings: Any) -> str:
         state = torch.load(changed / "pcr_state.pt", weights_only=True)
         state["weights"][next(iter(state["weights"]))] = "of another value"
         torch.save(state, changed / "pcr_state.pt")
+        (changed / "checksums.json").unlink()
     dist.barrier()
     try:
         run(PCRTrainer, PCRConfig, folder, out / "rest", resume=str(changed), **settings)

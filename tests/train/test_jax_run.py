@@ -115,7 +115,7 @@ def test_a_run_leaves_what_torchs_leaves(whole: Outcome, tiny_folder: Path, tmp_
     for name in ("settings.json", "before.json", "after.json", "plot.png", "start"):
         assert (whole.folder / name).exists()
         assert (theirs.folder / name).exists() or name == "start"  # only a built-in model is kept there
-    assert [p.name for p in whole.folder.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert sorted(p.name for p in whole.folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
@@ -146,12 +146,12 @@ def _loop(folder: Path) -> Any:
     return made.loop
 
 
-@pytest.mark.parametrize("left", ["an unfinished folder", "a folder that is not whole", "the one before as well"])
+@pytest.mark.parametrize("left", ["an unfinished folder", "a folder that is not whole", "one more before"])
 def test_what_a_kill_leaves_of_a_checkpoint_does_not_matter(go: Go, whole: Outcome, tmp_path: Path, left: str) -> None:
     out = tmp_path / "run"
     go(out, steps=3)
-    if left == "the one before as well":
-        shutil.copytree(out / "checkpoint-3", out / "checkpoint-2")
+    if left == "one more before":
+        shutil.copytree(out / "checkpoint-2", out / "checkpoint-1")
     else:
         half = out / (".unfinished-checkpoint-4" if left == "an unfinished folder" else "checkpoint-4")
         shutil.copytree(out / "checkpoint-3", half)
@@ -161,7 +161,40 @@ def test_what_a_kill_leaves_of_a_checkpoint_does_not_matter(go: Go, whole: Outco
     assert found is not None
     assert found.name == "checkpoint-3"
     assert_same_run(go(out, steps=5, resume=True), whole)
-    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "deleted"])
+def test_a_damaged_checkpoint_is_kept_and_the_one_before_taken(
+    go: Go, whole: Outcome, tmp_path: Path, damage: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole.folder, out)
+    file = max((p for p in (out / "checkpoint-5").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = file.read_bytes()
+    half = len(data) // 2
+    if damage == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(data[:half] + (b"" if damage == "cut off" else bytes([data[half] ^ 1]) + data[half + 1 :]))
+    assert_same_run(go(out, steps=5, resume=True), whole)
+    assert (out / "damaged-checkpoint-5").exists()
+    assert_same_run(go(out, steps=5, resume=True), whole)
+
+
+def test_another_or_a_damaged_start_is_refused(go: Go, whole: Outcome, tmp_path: Path) -> None:
+    """It is what the KL divergence is measured to."""
+    out = tmp_path / "run"
+    shutil.copytree(whole.folder, out)
+    settings = Settings.load(out / "settings.json")
+    made = JaxEngine(settings, load_task("chain_sum", shots=0), out)
+    checkpoint.save(jax.tree.map(lambda x: x * 1.5, made.params), out / "start")
+    with pytest.raises(ValueError, match="reference model: its weights are not those"):
+        go(out, steps=6, resume=True)
+    file = max((p for p in (out / "start").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(file, 7)
+    with pytest.raises(ValueError, match=r"--model: .* is damaged; delete .*start, and the starting model is made"):
+        go(out, steps=6, resume=True)
 
 
 def test_asked_to_stop_it_saves_the_step_it_took_and_compiles_once(go: Go, start: Path, tmp_path: Path) -> None:

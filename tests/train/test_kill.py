@@ -84,7 +84,46 @@ def test_a_checkpoint_cut_off_in_writing_is_passed_over(go: Go, whole: Outcome, 
     assert found is not None
     assert found.name == "checkpoint-2"
     assert_same_run(go(out, steps=6, resume=True, **OPTIONS), whole)
-    assert not (out / "checkpoint-2").exists()
+    assert (out / "unfinished-checkpoint-4").exists()
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"])
+def test_a_flipped_bit_has_the_run_go_on_from_the_checkpoint_before(
+    go: Go, whole: Outcome, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole.folder, out)
+    file = out / "checkpoint-6" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert_same_run(go(out, steps=6, resume=True, **OPTIONS), whole)
+    assert (out / "damaged-checkpoint-6" / name).read_bytes() == data
+    (out / "checkpoint-6" / name).unlink()
+    shutil.rmtree(out / "checkpoint-4")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"checkpoint-6/{name} is missing; no other checkpoint .* is whole"):
+            go(out, steps=6, resume=True, **OPTIONS)
+
+
+def test_killed_in_its_first_save_the_run_begins_again(
+    go: Go, whole: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pcr_torch.trl import PCRTrainer
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PCRTrainer, "_save_optimizer_and_scheduler", kill)
+        with pytest.raises(Killed):
+            go(tmp_path / "run", steps=6, **OPTIONS)
+    assert_same_run(go(tmp_path / "run", steps=6, resume=True, **OPTIONS), whole)
+    assert (tmp_path / "run" / "unfinished-checkpoint-2").exists()
 
 
 def half(go: Go, folder: Path) -> Path:

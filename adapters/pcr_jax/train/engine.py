@@ -15,6 +15,8 @@ from pcr_jax.train import checkpoint as files
 from pcr_jax.train.generate import generate, pad_left, token_logp
 from pcr_jax.train.loop import Loop, row_keys, stop_tokens
 from pcr_jax.train.tiny import make_tiny, new_tiny
+from pcr_train import checksums
+from pcr_train.folder import refuse_damaged_start, step_of
 from pcr_train.lessons import PAD, VOCABULARY, CharacterTokenizer
 from pcr_train.settings import Settings
 from pcr_train.tasks import Problem, Task
@@ -33,7 +35,9 @@ class JaxEngine:
         start = folder / "start"
         if not files.is_complete(start):
             files.save(make_tiny(task, seed=settings.seed), start)
+        refuse_damaged_start(start)
         self.params = files.load(start, new)
+        self.reference = files.digest(self.params)
         self.stop = stop_tokens(task)
         self.loop: Loop | None = None
 
@@ -66,8 +70,7 @@ class JaxEngine:
 
     @staticmethod
     def damaged(checkpoint: Path) -> Path | None:
-        """orbax checks what it reads, and names it."""
-        return None
+        return checksums.damaged(checkpoint)
 
     @staticmethod
     def is_complete(checkpoint: Path) -> bool:
@@ -110,7 +113,10 @@ class JaxEngine:
         self, checkpoint: Path | None, on_step: Callable[[dict[str, Any]], None], stopping: Callable[[], bool]
     ) -> int:
         assert self.loop is not None
-        state = self.loop.state if checkpoint is None else files.load(checkpoint, self.loop.state)
+        state = self.loop.state
+        if checkpoint is not None:
+            files.refuse_other_reference(checkpoint, self.reference)
+            state = files.load(checkpoint, state)
         step = int(state.step)
         while step < self.settings.steps:
             state, row = self.loop.step(state)
@@ -126,7 +132,7 @@ class JaxEngine:
 
     def _save(self, state: Any, step: int) -> None:
         newest = self.folder / f"checkpoint-{step}"
-        files.save(state, newest)
-        for older in self.folder.glob("checkpoint-*"):
-            if older != newest:
-                shutil.rmtree(older)
+        files.save(state, newest, reference=self.reference)
+        saved = sorted(self.folder.glob("checkpoint-*"), key=step_of)
+        for older in saved[:-2]:  # one is left, should the newest turn out to be damaged
+            shutil.rmtree(older)

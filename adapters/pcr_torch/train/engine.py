@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from pcr_torch.blocks import Granularity, describe_blocks
-from pcr_torch.checkpoints import damaged
+from pcr_torch.checkpoints import damaged, is_complete
 from pcr_torch.train import models
 from pcr_torch.train.answers import measuring, respond, text_nll
 from pcr_torch.train.scoring import completions_only
@@ -55,11 +54,7 @@ class TorchEngine:
 
     @staticmethod
     def is_complete(checkpoint: Path) -> bool:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # what the trainer writes last
-        except (OSError, ValueError):
-            return False
-        return True
+        return is_complete(checkpoint)
 
     @staticmethod
     def damaged(checkpoint: Path) -> Path | None:

