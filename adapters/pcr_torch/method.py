@@ -21,9 +21,9 @@ from pcr_torch.batch import check_batch, strata_of
 from pcr_torch.blocks import Granularity, Selector, describe_blocks, select_blocks
 from pcr_torch.combine import add_combination, longest, of_sum
 from pcr_torch.distributed import average, local, sharded_modules, unwrap
+from pcr_torch.kernels import WORKSPACE
 from pcr_torch.meter import Meter
 from pcr_torch.parameters import check_parameters
-from pcr_torch.products import WORKSPACE
 from pcr_torch.pullback import Pulled, Total, add_total, backward_others, per_response, total_dtype
 from pcr_torch.recorder import Recorder
 from pcr_torch.report import Report
@@ -66,8 +66,8 @@ class PCR:
             the two streams weighted as last measured, at the cost of an ordinary update. That is exact in form only
             where one pair of weights serves all that is trained: one block that holds every trainable parameter
             (granularity="global", blocks="all"; or LoRA in the MLP modules with blocks="mlp").
-        workspace: numbers of per-response gradients, of one weight and stream, held at once on an accelerator. At least
-            one response's are; a CPU holds a small tile of one.
+        workspace: numbers of per-response gradients held at once on an accelerator without Triton. With Triton none is
+            in memory; a CPU holds a small tile of one.
         process_group: for plain copies of a model on several processes: the ranks to average over.
 
     Raises:

@@ -1,4 +1,6 @@
-"""Gradient of one linear layer, with the inner products of its per-response and per-stratum parts.
+"""Gradient of one linear layer, with the inner products of its per-response and per-stratum parts, on a CPU.
+
+`pcr_torch.kernels` is the same for accelerators.
 
 Response i contributes G_i = L_i^T R_i, a sum over its tokens, with (L, R) the output's gradient and the input (or the
 other way round, by how the weight is stored). Two ways, chosen by a count of operations:
@@ -19,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pcr_torch.pullback import PAIRS, inner, wide_dtype
+from pcr_torch.pullback import PAIRS, wide_dtype
 
-WORKSPACE = 1 << 25
 _TILE = 6 << 16  # elements
 _LANES = 64  # rows of a tile come in such bunches, which matrix products like
 _DOT = 1 << 11  # elements whose products float32 sums
@@ -46,23 +47,17 @@ def weight_products(
     strata: Sequence[Sequence[int]],
     *,
     transposed: bool,
-    workspace: int = WORKSPACE,
 ) -> Products:
-    """Products of a linear layer's weight.
+    """Products of a linear layer's weight, on a CPU.
 
     Args:
         x: (n, T, in) the layer's input.
         dys: one or two (n, T, out) gradients of its output.
         strata: rows of each stratum, together 0 to n - 1.
         transposed: whether the weight is stored (in, out).
-        workspace: on an accelerator, elements of explicit per-response gradients of one stream held at once.
     """
     by_gram = prefers_gram(x.shape[1], x.shape[2], dys[0].shape[2], len(dys), len(strata) / x.shape[0])
     x, dys = _single(x.detach()), [_single(dy) for dy in dys]
-    if x.device.type != "cpu":
-        if by_gram:
-            return _gram(x, dys, strata, transposed)
-        return _batched([(x, dy) if transposed else (dy, x) for dy in dys], strata, workspace)
     if not by_gram:
         spans = _spans(x, dys)
         rows = [[each[span] for each, span in zip(t, spans, strict=True)] for t in (x, *dys)]
@@ -88,11 +83,9 @@ def bias_products(dys: Sequence[Tensor], strata: Sequence[Sequence[int]]) -> Pro
 
 def in_range(products: Callable[[tuple[Tensor, ...]], Products], dys: tuple[Tensor, ...]) -> Products:
     """`products(dys)`, of gradients scaled by powers of two where their squares would not stay in float32."""
-    if dys[0].device.type == "cpu":
-        found = products(dys)
-        # an accelerator would have to wait for the answer, and copies are cheap there
-        if all(_SAFE[0] < found.response[k].max() < _SAFE[1] or not dy.any() for k, dy in enumerate(dys)):
-            return found
+    found = products(dys)
+    if all(_SAFE[0] < found.response[k].max() < _SAFE[1] or not dy.any() for k, dy in enumerate(dys)):
+        return found
     scales = [_scale(dy) for dy in dys]
     found = products(tuple((dy / scale).to(dy.dtype) for dy, scale in zip(dys, scales, strict=True)))
     wide = [scale.to(wide_dtype(scale.device)) for scale in scales]
@@ -159,21 +152,9 @@ def _token_grams(tokens: Tensor, outputs: Sequence[Tensor]) -> Tensor:
 def _near(t: Tensor) -> tuple[Tensor, Tensor]:
     """`t` by its scale, and that; as it is where a look at it costs less than a copy, and finds it near 1."""
     scale = _scale(t)
-    if t.device.type == "cpu" and _NEAR[0] < scale < _NEAR[1]:
+    if _NEAR[0] < scale < _NEAR[1]:
         return t, torch.ones_like(scale)
     return (t / scale).to(t.dtype), scale
-
-
-def _gram(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], transposed: bool) -> Products:
-    """Token Grams for responses, whole sums for strata, on an accelerator."""
-    stratum: list[Tensor] = []
-    totals: list[Tensor] = []
-    for rows in strata:
-        part = list(rows)
-        sums = [matrix_gradient(x[part], dy[part], transposed=transposed) for dy in dys]
-        stratum.append(torch.stack([inner(sums[a], sums[b]) for a, b in PAIRS[len(dys)]]))
-        totals = _add(totals, sums) if totals else sums
-    return Products(totals, _token_grams(x, dys), torch.stack(stratum, dim=1))
 
 
 def _spans(x: Tensor, dys: Sequence[Tensor]) -> list[slice]:
@@ -258,30 +239,3 @@ class _Tile:
         streams = self._bunches
         for k, (a, b) in reversed(list(enumerate(PAIRS[len(streams)]))):  # P.S first: it brings both into the cache
             np.vecdot(streams[a], streams[b], out=into[k])
-
-
-def _batched(factors: Sequence[tuple[Tensor, Tensor]], strata: Sequence[Sequence[int]], workspace: int) -> Products:
-    """The same in batched products of whole weights, for an accelerator, whose launches want to be large."""
-    pairs = PAIRS[len(factors)]
-    left, right = factors[0]
-    chunk = max(1, workspace // (left.shape[2] * right.shape[2]))
-    response = torch.empty(len(pairs), left.shape[0], dtype=wide_dtype(left.device), device=left.device)
-    stratum: list[Tensor] = []
-    totals: list[Tensor] = []
-    for members in strata:
-        sums: list[Tensor] = []
-        for start in range(0, len(members), chunk):
-            part = list(members[start : start + chunk])
-            held = [torch.bmm(left[part].mT, right[part]) for left, right in factors]
-            for pair, (a, b) in enumerate(pairs):
-                response[pair, part] = row_dot(held[a].flatten(1), held[b].flatten(1))
-            added = [_single(one).sum(dim=0) for one in held]
-            sums = _add(sums, added) if sums else added
-        stratum.append(torch.stack([row_dot(sums[a].view(-1), sums[b].view(-1)) for a, b in pairs]))
-        totals = _add(totals, sums) if totals else sums
-    return Products(totals, response, torch.stack(stratum, dim=1))
-
-
-def _add(totals: list[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    torch._foreach_add_(totals, list(parts))
-    return totals

@@ -16,16 +16,19 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor
 
+from pcr_torch import kernels
 from pcr_torch.distributed import kept_whole, local, reduce_scatter, sharded_modules
-from pcr_torch.owner_rules import Owners
+from pcr_torch.kernels import WORKSPACE, Layout
+from pcr_torch.owner_rules import Owners, spread
 from pcr_torch.owners import by_response, survey
 from pcr_torch.probe import install, layout, remove
-from pcr_torch.products import WORKSPACE, Products, bias_products, in_range, matrix_gradient, weight_products
+from pcr_torch.products import Products, bias_products, in_range, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, Total, add_total, total_dtype, wide_dtype
 from pcr_torch.rows import row_shares, share_of
 from pcr_torch.segments import Segment, back, ends, segments, whole
@@ -50,6 +53,7 @@ class Recorder:
         self.late = False  # whether no probe was in place when the last surveyed log-probabilities were computed
         self._skipped: Collection[str] = ()  # block parameters that are measured elsewhere
         self._owners: dict[str, Owners] = {}  # of the rows of each layer, where they are known
+        self._layouts: dict[tuple[int, torch.Size], Layout] = {}  # on an accelerator, by the identity of owners
         self._modules: dict[str, nn.Module] = {}
         # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
         self._members: dict[str, dict[str, str]] = {}
@@ -144,6 +148,7 @@ class Recorder:
             self._kept.clear()
             self._seen.clear()
             self._lowest, self._shares, self._skipped = (), {}, ()
+            self._layouts.clear()
             del self._pulled, self._totals
 
     def _through(self, logp: Tensor, cotangents: Sequence[Tensor]) -> None:
@@ -219,7 +224,7 @@ class Recorder:
             assert x is not None
             with torch.no_grad():
                 streams = tuple(share_of(dy, s) for s in self._shares[path]) if self._pass == "both" else dys
-                self._measure(members, *self._by_response(path, x, streams), transposed)
+                self._measure(path, members, x, streams, transposed)
         return dx, *_outside(x, total, left, transposed)
 
     def _seen_again(self, path: str) -> bool:
@@ -247,20 +252,42 @@ class Recorder:
         x, *arranged = by_response(self._owners[path], self._pulled.response.shape[1], (x, *dys))
         return x, tuple(arranged)
 
-    def _measure(self, members: Mapping[str, str], x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> None:
+    def _measure(
+        self, path: str, members: Mapping[str, str], x: Tensor, dys: tuple[Tensor, ...], transposed: bool
+    ) -> None:
+        on_cpu = not kernels.serve(x.device)
+        if on_cpu:
+            x, dys = self._by_response(path, x, dys)
         for attribute, name in members.items():
-
-            def products(dys: tuple[Tensor, ...], attribute: str = attribute) -> Products:
-                if attribute == "bias":
-                    return bias_products(dys, self._strata)
-                return weight_products(x, dys, self._strata, transposed=transposed, workspace=self._workspace)
-
             parameter = self._parameters[name]
-            found = in_range(products, dys)
+            products = self._tiled if on_cpu else self._fused
+            found = products(path, attribute, x, dys, transposed)
             self._pulled.response[:, :, self._index[name]] = found.response
             self._pulled.stratum[:, :, self._index[name]] = found.stratum
             for total, part in zip(self._totals, found.totals, strict=True):
                 add_total(total, name, reduce_scatter(part.to(total_dtype(parameter)), parameter))
+
+    def _tiled(self, path: str, attribute: str, x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> Products:
+        """A weight's or bias's, of (n, tokens, features) on a CPU."""
+
+        def products(dys: tuple[Tensor, ...]) -> Products:
+            if attribute == "bias":
+                return bias_products(dys, self._strata)
+            return weight_products(x, dys, self._strata, transposed=transposed)
+
+        return in_range(products, dys)
+
+    def _fused(self, path: str, attribute: str, x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> Products:
+        """The same of rows of any order on an accelerator, for which the host never waits."""
+        owners, lead = self._owners.get(path), x.shape[:-1]
+        key = (id(owners), lead)
+        if key not in self._layouts:
+            n = self._pulled.response.shape[1]
+            rows = np.arange(n) if owners is None else owners
+            self._layouts[key] = Layout.owned(spread(rows, tuple(lead)), n, self._strata, x.device)
+        if attribute == "bias":
+            return kernels.vector_products(dys, self._layouts[key])
+        return kernels.weight_products(x, dys, self._layouts[key], transposed=transposed, workspace=self._workspace)
 
 
 def _version(grad: Tensor | None) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems import batch, tiny_model
+from test_cases import Routed, Small
+from test_pullback import assert_gradients_close, assert_statistics_close, pull
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pcr_torch import kernels
 from pcr_torch.kernels import Layout, choice, chosen, plain, vector_products, weight_products
 from pcr_torch.products import Products
 from pcr_torch.pullback import PAIRS
@@ -206,6 +211,37 @@ def test_a_workspace_that_holds_a_few_rows_of_the_weight() -> None:
     for way in ("plain torch", "token Grams"):
         got = products(way, x, dys, layout, transposed=True, workspace=5 * 7 * 40 * 2)
         assert_right(got, by_definition(x, dys, owners, strata, transposed=True), 1e-6)
+
+
+@pytest.mark.parametrize("way", [WAYS[0], "plain torch"])
+def test_a_layer_without_rows(way: str) -> None:
+    """An expert to which no token went."""
+    x, dys = problem([], 33, 40, 2)
+    layout = Layout.owned([], 2, [[0, 1]], DEVICE)
+    for got in (weight_products(x, dys, layout, transposed=False, way=way), vector_products(dys, layout)):
+        assert not any(bool(total.any()) for total in got.totals)
+        assert not bool(got.response.any() | got.stratum.any())
+
+
+@pytest.mark.parametrize("way", [WAYS[0], "plain torch"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "lora", "experts"])
+def test_a_model_measured_as_on_an_accelerator(way: str, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "triton" and DEVICE.type == "cuda":
+        pytest.skip("the model is on the CPU, so the kernels have to be interpreted")
+    monkeypatch.setattr(choice, "_SMALLEST", 0)
+    monkeypatch.setattr(choice, "chosen", lambda _: way)
+    data = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = {
+            "lora": lambda: tiny_model("llama", lora=True),
+            "experts": lambda: Small(Routed()),
+        }.get(architecture, lambda: tiny_model(architecture))()
+    loop, loop_gradients = pull(model, data, "loop")
+    monkeypatch.setattr(kernels, "serve", lambda _: True)
+    fast, fast_gradients = pull(model, data, "fast")
+    assert_statistics_close(fast.statistics, loop.statistics, 1e-5)
+    assert_gradients_close(fast_gradients, loop_gradients, 1e-4)
 
 
 class Dispatched(TorchDispatchMode):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import pcr_core
 from pcr_core import BlockStatistics
 from pcr_torch import PCR, Report, products
-from pcr_torch.products import _batched, _gram, _spans, prefers_gram, weight_products
+from pcr_torch.kernels import Layout, plain
+from pcr_torch.products import _spans, prefers_gram, weight_products
 
 
 def pull(model: nn.Module, data: Batch, norms: str, **options: object) -> tuple[Report, dict[str, Tensor]]:
@@ -163,22 +164,16 @@ def test_statistics_and_update_equal_the_dense_method(norms: str) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
-@pytest.mark.parametrize("way", ["tiles", "tiles and token Grams", "batches", "token Grams and whole sums"])
-def test_four_ways_to_products(way: str, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The latter two are an accelerator's."""
+@pytest.mark.parametrize("way", ["tiles", "tiles and token Grams"])
+def test_two_ways_to_products(way: str, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an accelerator are in test_kernels.py."""
     monkeypatch.setattr(products, "_LANES", 16)  # tiles and chunks that do not divide the sizes
     monkeypatch.setattr(products, "_TILE", 600)
     monkeypatch.setattr(products, "prefers_gram", lambda *_: way == "tiles and token Grams")
     generator = torch.Generator().manual_seed(0)
     x, dy, dz = (torch.randn(5, 7, k, generator=generator) for k in (40, 50, 50))
     strata = [[0, 3], [2], [1, 4]]
-    if way == "batches":
-        factors = [(x, d) if transposed else (d, x) for d in (dy, dz)]
-        got = _batched(factors, strata, 2 * 40 * 50)
-    elif way == "token Grams and whole sums":
-        got = _gram(x, [dy, dz], strata, transposed)
-    else:
-        got = weight_products(x, [dy, dz], strata, transposed=transposed)
+    got = weight_products(x, [dy, dz], strata, transposed=transposed)
     g, h = (torch.einsum("nto,nti->noi", d.double(), x.double()) for d in (dy, dz))
     for pair, (a, b) in enumerate(((g, g), (h, h), (g, h))):
         scale = (a * b).abs().sum((1, 2))
@@ -202,10 +197,12 @@ def test_products_leave_out_tokens_without_gradient(transposed: bool, monkeypatc
     assert _spans(x, [dy, dz]) == spans
     strata = [[0, 3], [1, 2, 4]]
     got = weight_products(x, [dy, dz], strata, transposed=transposed)
-    expected = _gram(x, [dy, dz], strata, transposed)
-    torch.testing.assert_close(got.response, expected.response, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.stratum, expected.stratum, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.totals, expected.totals, rtol=1e-5, atol=1e-5)
+    layout = Layout.even(5, 7, strata, x.device)
+    totals, found = plain.weight_products(
+        x.flatten(0, 1), [dy.flatten(0, 1), dz.flatten(0, 1)], layout, transposed=transposed
+    )
+    torch.testing.assert_close(torch.cat([got.response, got.stratum], dim=1), found, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.totals, totals, rtol=1e-5, atol=1e-5)
     x[2, 3, 4] = torch.inf  # with a gradient of 0
     broken = weight_products(x, [dy, dz], strata, transposed=transposed)
     assert not any(total.isfinite().all() for total in broken.totals)

@@ -2,13 +2,15 @@
 
 Both do the same and neither makes the host wait for the device. On a CPU `pcr_torch.products` is the faster.
 
+    serve(device)       whether they are for a device
     chosen(device)      which of the two, as a line for a log
     Layout              which rows of a layer's activations belong to which response
     weight_products     a linear layer's weight gradient, per stream, and its per-response inner products
     vector_products     the same of its bias
 """
 
-from pcr_torch.kernels.choice import chosen, vector_products, weight_products
+from pcr_torch.kernels.choice import chosen, serve, vector_products, weight_products
 from pcr_torch.kernels.layout import Layout
+from pcr_torch.kernels.plain import WORKSPACE
 
-__all__ = ["Layout", "chosen", "vector_products", "weight_products"]
+__all__ = ["WORKSPACE", "Layout", "chosen", "serve", "vector_products", "weight_products"]

@@ -14,9 +14,15 @@ from torch import Tensor
 from pcr_torch.kernels import plain
 from pcr_torch.kernels.layout import Layout
 from pcr_torch.products import Products
+from pcr_torch.pullback import PAIRS, wide_dtype
 
 _FUSED = (torch.float16, torch.bfloat16, torch.float32)
 _SMALLEST = 1 << 17  # elements of a weight; below, too few programs run to fill a device
+
+
+def serve(device: torch.device) -> bool:
+    """Whether this package is for a device; a CPU has `pcr_torch.products`."""
+    return device.type != "cpu"
 
 
 def chosen(device: torch.device) -> str:
@@ -33,6 +39,7 @@ def weight_products(
     transposed: bool,
     into: Sequence[Tensor] | None = None,
     way: str | None = None,
+    workspace: int = plain.WORKSPACE,
 ) -> Products:
     """A linear layer's weight gradient per stream, with inner products of its per-response and per-stratum parts.
 
@@ -46,6 +53,7 @@ def weight_products(
         transposed: whether the weight is stored (inputs, outputs).
         into: of each stream, the total to which its gradient is added, in the weight's shape; else made.
         way: "triton" or "plain torch"; else `chosen`.
+        workspace: numbers of explicit per-response gradients that the plain path holds at once.
 
     Returns:
         The gradients, float32 or wider where they are made, and float64 inner products.
@@ -62,18 +70,23 @@ def weight_products(
     x, *gradients = _rows([x.detach(), *dys])
     n, outputs = layout.responses, gradients[0].shape[1]
     shape = (x.shape[1], outputs) if transposed else (outputs, x.shape[1])
+    if not len(x):
+        return Products(*_zeros([shape] * len(dys), x, layout, into))
     fused = chosen(x.device) == "triton" and x.shape[1] * outputs >= _SMALLEST if way is None else way == "triton"
     if fused and x.dtype in _FUSED and all(total.is_contiguous() for total in into or ()):
         totals = [x.new_empty(shape, dtype=torch.float32) for _ in dys] if into is None else list(into)
         products = _kernels().weight_products(x, gradients, layout, totals, transposed=transposed, add=into is not None)
         return Products(totals, products[:, :n], products[:, n:])
-    found, products = plain.weight_products(x, gradients, layout, transposed=transposed)
+    found, products = plain.weight_products(x, gradients, layout, transposed=transposed, workspace=workspace)
     return Products(_added(found, into), products[:, :n], products[:, n:])
 
 
 def vector_products(dys: Sequence[Tensor], layout: Layout, *, into: Sequence[Tensor] | None = None) -> Products:
     """The same of the layer's bias, whose gradient is the sum over the rows."""
-    found, products = plain.vector_products(_rows(dys), layout)
+    gradients = _rows(dys)
+    if not len(gradients[0]):
+        return Products(*_zeros([dy.shape[1:] for dy in gradients], gradients[0], layout, into))
+    found, products = plain.vector_products(gradients, layout)
     n = layout.responses
     return Products(_added(found, into), products[:, :n], products[:, n:])
 
@@ -85,6 +98,17 @@ def _rows(tensors: Sequence[Tensor]) -> list[Tensor]:
         dtype = torch.promote_types(dtype, other.dtype)
     flat = [t.resolve_neg().to(dtype).reshape(-1, t.shape[-1]) for t in tensors]
     return [t if t.stride(1) == 1 else t.contiguous() for t in flat]
+
+
+def _zeros(
+    shapes: Sequence[Sequence[int]], like: Tensor, layout: Layout, into: Sequence[Tensor] | None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Of no rows."""
+    pairs, wide = len(PAIRS[len(shapes)]), wide_dtype(like.device)
+    single = torch.promote_types(like.dtype, torch.float32)
+    totals = [like.new_zeros(tuple(shape), dtype=single) for shape in shapes] if into is None else list(into)
+    response, stratum = (like.new_zeros((pairs, k), dtype=wide) for k in (layout.responses, len(layout.strata)))
+    return totals, response, stratum
 
 
 def _added(parts: list[Tensor], into: Sequence[Tensor] | None) -> list[Tensor]:

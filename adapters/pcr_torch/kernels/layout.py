@@ -74,7 +74,7 @@ class Layout:
             >>> layout.starts, layout.lengths
             (array([3, 0, 0]), array([2, 0, 3]))
         """
-        owners = np.asarray(owners).reshape(-1)
+        owners = np.asarray(owners, dtype=np.int64).reshape(-1)
         owners = np.where((owners >= 0) & (owners < n), owners, n)
         order = np.argsort(owners, kind="stable")
         lengths = np.bincount(owners, minlength=n + 1)[:n]
