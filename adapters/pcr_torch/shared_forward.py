@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pcr_torch.separability import NEITHER
+from pcr_torch.tagged_float import TaggedFloat
 from pcr_torch.terms import all_tagged, leaves
 
 _ROUNDING = 1e-5  # of sums in float32; the terms of TRL's losses agree to 1e-6
@@ -47,19 +48,72 @@ class Streams:
     stability: Tensor
 
 
+class _Tagged(torch.autograd.Function):
+    """Values times 1. What it saves outlives backward passes, of which another loss may take one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, one: Tensor) -> Tensor:
+        ctx.values, ctx.dtype = values.clone(), one.dtype  # they may be worked on in place
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        of_values = gradient if ctx.needs_input_grad[0] else None
+        return of_values, (gradient * ctx.values).sum().to(ctx.dtype)
+
+
+class Ones:
+    """The leaves, those of a trainer: a loss may keep what it has made of beta or of advantages for later."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.of_beta = torch.ones((), device=device, dtype=dtype, requires_grad=True)
+        self.of_advantages = torch.ones((), device=device, dtype=dtype, requires_grad=True)
+
+
 class SharedForward:
     """What a loss is given, and what becomes of it."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._of_beta = torch.ones((), device=device, dtype=dtype, requires_grad=True)
-        self._of_advantages = torch.ones((), device=device, dtype=dtype, requires_grad=True)
+    def __init__(self, ones: Ones) -> None:
+        self._of_beta, self._of_advantages = ones.of_beta, ones.of_advantages
         self._cuts: list[Cut] = []
+        self._root: set[int] = set()  # what the loss that was returned is made of
 
-    def beta(self, value: float) -> Tensor:
-        return self._of_beta * value
+    def beta(self, value: float) -> TaggedFloat:
+        with torch.enable_grad():
+            return TaggedFloat(value, self._of_beta * value)
 
     def advantages(self, values: Tensor) -> Tensor:
-        return values * self._of_advantages.to(values.dtype)
+        """Times 1, unless they are that already."""
+        if any(leaf is self._of_advantages for leaf in leaves(values)):
+            return values
+        tagged: Tensor = _Tagged.apply(values, self._of_advantages)  # type: ignore[no-untyped-call]
+        return tagged
+
+    def returned(self, loss: Any) -> None:
+        """The loss as compute_loss returns it; ValueError for what is none."""
+        if not isinstance(loss, Tensor):
+            what = "nothing" if loss is None else f"a {type(loss).__name__}"
+            raise ValueError(
+                f"loss: compute_loss returned {what}; return the loss alone, a tensor with its graph (not its "
+                "number), and 0 * loss to leave a micro-batch out"
+            )
+        if loss.numel() != 1:
+            raise ValueError(
+                f"loss: compute_loss returned a tensor of shape {tuple(loss.shape)}; reduce it to one number"
+            )
+        reached = {id(leaf) for leaf in leaves(loss)}
+        self._root = reached & self._given() or reached
+
+    def made(self, loss: Tensor) -> bool:
+        """Whether a loss whose backward pass is asked for comes from the one that was returned."""
+        return any(id(leaf) in self._root for leaf in leaves(loss))
+
+    def trains(self, loss: Tensor) -> bool:
+        """Whether a loss depends on a forward pass of the trained model."""
+        return any(id(leaf) in self._given() for leaf in leaves(loss))
+
+    def _given(self) -> set[int]:
+        return {id(x) for cut in self._cuts for x in (cut.leaf, cut.entropies)}
 
     def find(self, request: Mapping[str, Any]) -> Cut | None:
         """An earlier forward pass of the same model in the same state, on the same texts."""
@@ -90,8 +144,7 @@ class SharedForward:
                 "loss: it has no graph (detached, or computed under torch.no_grad()), so nothing would be trained; "
                 "return a loss with its graph, and 0 * loss to leave a micro-batch out"
             )
-        mine = {id(x) for cut in self._cuts for x in (cut.leaf, cut.entropies)}
-        mine |= {id(self._of_beta), id(self._of_advantages)}
+        mine = self._given() | {id(self._of_beta), id(self._of_advantages)}
         reached = leaves(loss)
         others = [leaf for leaf in reached if id(leaf) not in mine]
         trained = {id(p) for p in model.parameters()}
@@ -109,7 +162,15 @@ class SharedForward:
 
     def _apart(self, loss: Tensor, cut: Cut, beta: float) -> Streams:
         logp, ones = cut.leaf, (self._of_beta, self._of_advantages)
-        first = torch.autograd.grad(loss, (logp, cut.entropies, *ones), create_graph=True, allow_unused=True)
+        try:
+            first = torch.autograd.grad(loss, (logp, cut.entropies, *ones), create_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise ValueError(
+                "loss: a backward pass of another loss has freed a part of its graph; give that one "
+                "inputs['advantages'].detach() and float(self.beta)"
+            ) from error
         whole = _of(first[0], logp)
         if first[1] is not None and bool(first[1].any()):
             raise ValueError(f"loss: it has a gradient through the entropies, as an entropy bonus has, and {NEITHER}")

@@ -22,11 +22,12 @@ from pcr_core.statistics import Strata
 from pcr_torch import checkpoints
 from pcr_torch.blocks import Granularity, select_blocks
 from pcr_torch.groups import Text, owners, shuffle_groups, texts, texts_of
+from pcr_torch.lent_batch import lent
 from pcr_torch.method import PCR, Norms
 from pcr_torch.pullback import total_dtype
 from pcr_torch.report import Report
 from pcr_torch.separability import refuse_config, refuse_trainer
-from pcr_torch.shared_forward import SharedForward
+from pcr_torch.shared_forward import Ones, SharedForward
 from pcr_torch.terms import leaves
 
 try:
@@ -41,6 +42,7 @@ except ImportError as error:
 __all__ = ["PCRConfig", "PCRTrainer"]
 
 _GROUP_IDS, _TEXTS = "pcr_group_ids", "pcr_texts"
+_REQUEST = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[1:]
 
 _log = logging.getLogger("pcr_torch")
 
@@ -73,9 +75,9 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         refuse_config(config)
         self._sampler: Any = None  # of prompts, in training; None for a stream of them
         self._shared: SharedForward | None = None  # while a loss is evaluated
-        self._pending: tuple[SharedForward, tuple[list[Text], list[int]]] | None = (
-            None  # from then to its backward pass
-        )
+        self._pending: tuple[SharedForward, tuple[list[Text], list[int]]] | None = None  # until its backward pass
+        self._ones: Ones | None = None
+        self._training = False
         self._accumulated = False  # whether this step has a micro-batch
         self._generated: list[Text] = []
         self.reference_digests: dict[str, str] | None = None  # taken at the first checkpoint
@@ -90,6 +92,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         else:  # the accelerator wraps the model, or replaces its parameters, when training starts
             select_blocks(self.model, config.blocks, cast(Granularity, config.granularity))
         self.last_report: Report | None = None
+        for name in ("training_step", "compute_loss"):  # the most derived class's
+            setattr(self, name, self._only_while_training(name, getattr(self, name)))
 
     # -- bound to the model while it is trained --------------------------------------------------------------------
 
@@ -101,12 +105,26 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         """
         checkpoint = checkpoints.chosen(self, resume_from_checkpoint)
         watched = self._watched(self.compute_loss)
+        self._training = True
         try:
             # a training step evaluates compute_loss and ends in accelerator.backward(loss), with no hook between
             with _replaced(self, compute_loss=watched), _replaced(self.accelerator, backward=self._accumulate):
                 return super().train(checkpoint, *args, **kwargs)
         finally:
+            self._training = False
             self._release()
+
+    def _only_while_training(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if not self._training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{name} outside of train(): a backward pass of it would be plain GRPO's, since both "
+                    "gradients are taken while trainer.train() runs. Call that, under torch.no_grad() for the loss's "
+                    "value alone, or use pcr_torch.PCR in a loop of your own (docs/pytorch.md)"
+                )
+            return method(*args, **kwargs)
+
+        return called
 
     def _release(self) -> None:
         self._pending, self._accumulated, self._bound = None, False, None
@@ -192,18 +210,18 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     # -- two streams in place of one -----------------------------------------------------------------------------
 
     @property
-    def beta(self) -> Any:
-        """The KL coefficient; while a loss is evaluated, a tensor that its KL term can be told by."""
+    def beta(self) -> float:
+        """The KL coefficient; while a loss is evaluated, tagged, so that its KL term can be told."""
         return self._beta if self._shared is None else self._shared.beta(self._beta)
 
     @beta.setter
-    def beta(self, value: Any) -> None:
-        self._beta = float(value.detach()) if isinstance(value, Tensor) else value
+    def beta(self, value: float) -> None:
+        self._beta = float(value)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; within a loss, of the trained model, one forward pass a text, whose graph is kept for the streams."""
         real = super()._get_per_token_logps_and_entropies
-        request = inspect.signature(real).bind(*args, **kwargs).arguments
+        request = dict(zip(_REQUEST, args, strict=False)) | kwargs  # classes below may take *args, **kwargs
         plain = self.accelerator.unwrap_model
         if self._shared is None or not torch.is_grad_enabled() or plain(request["model"]) is not plain(self.model):
             return real(*args, **kwargs)
@@ -220,6 +238,16 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             cut = self._shared.cut(key, logp, entropy)
         return cut.leaf, cut.entropies if entropies else None, auxiliary
 
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        if self._shared is None:
+            return super()._compute_loss(model, inputs)
+        if not isinstance(inputs.get("advantages"), Tensor):
+            raise ValueError(
+                "inputs: the batch has no tensor 'advantages', by which the reward's term is told; keep it"
+            )
+        with lent(inputs, self._shared.advantages, ()):  # a class above may have put others in their place
+            return super()._compute_loss(model, inputs)
+
     def _watched(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         """The most derived class's loss, in training evaluated so that `_accumulate` can take it apart."""
 
@@ -227,28 +255,26 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             if not torch.is_grad_enabled():
                 return compute_loss(model, inputs, *args, **kwargs)
             self._follow_frozen()
-            dtype = total_dtype(next(p for p in self.model.parameters() if p.requires_grad))
-            self._shared = shared = SharedForward(self.accelerator.device, dtype)
+            if self._ones is None:
+                dtype = total_dtype(next(p for p in self.model.parameters() if p.requires_grad))
+                self._ones = Ones(self.accelerator.device, dtype)
+            self._shared = shared = SharedForward(self._ones)
             self._pending = shared, _carried(inputs)
-            inputs = {key: value for key, value in inputs.items() if key not in (_GROUP_IDS, _TEXTS)}
-            inputs["advantages"] = shared.advantages(inputs["advantages"])
             try:
-                return compute_loss(model, inputs, *args, **kwargs)
+                with lent(inputs, shared.advantages, (_GROUP_IDS, _TEXTS)):
+                    loss = compute_loss(model, inputs, *args, **kwargs)
+                shared.returned(loss)
+                return loss
             finally:
                 self._shared = None
-                for values in self._metrics["train"].values():  # beta may have been logged
-                    values[:] = [v.item() if isinstance(v, Tensor) else v for v in values]
 
         return watched
 
     def _accumulate(self, loss: Tensor, **kwargs: Any) -> None:
         """In place of `accelerator.backward`."""
         assert self.method is not None
-        if self._pending is None:
-            trained = {id(p) for p in self.model.parameters()}
-            if any(id(leaf) in trained for leaf in leaves(loss)):
-                raise ValueError("loss: it trains the model and does not come from self.compute_loss(model, inputs)")
-            type(self.accelerator).backward(self.accelerator, loss, **kwargs)
+        if self._pending is None or self._shared is not None or not self._pending[0].made(loss):
+            self._backward_of_another(loss, **kwargs)
             return
         (shared, carried), self._pending = self._pending, None
         loss = loss / self.accelerator.gradient_accumulation_steps
@@ -271,6 +297,18 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.accelerator.sync_gradients and self._accumulated:
             self._accumulated = False
             self._resolve(self.method)
+
+    def _backward_of_another(self, loss: Tensor, **kwargs: Any) -> None:
+        """Of a loss that another model is trained with, such as a critic."""
+        trained = {id(p) for p in self.model.parameters()}
+        if any(id(leaf) in trained for leaf in leaves(loss)):
+            raise ValueError("loss: it trains the model and does not come from self.compute_loss(model, inputs)")
+        if self._pending is not None and self._pending[0].trains(loss):
+            raise ValueError(
+                "loss: a backward pass of it is asked for before compute_loss has returned, or it is not the loss "
+                "that was returned; return the whole of it, and leave its backward pass to training_step"
+            )
+        type(self.accelerator).backward(self.accelerator, loss, **kwargs)
 
     def _resolve(self, method: PCR) -> None:
         self.last_report = method.resolve()
