@@ -106,7 +106,7 @@ class SharedForward:
 
     def made(self, loss: Tensor) -> bool:
         """Whether a loss whose backward pass is asked for comes from the one that was returned."""
-        return any(id(leaf) in self._root for leaf in leaves(loss))
+        return not loss.requires_grad or any(id(leaf) in self._root for leaf in leaves(loss))
 
     def trains(self, loss: Tensor) -> bool:
         """Whether a loss depends on a forward pass of the trained model."""
