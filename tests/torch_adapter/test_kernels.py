@@ -25,7 +25,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcr_torch import kernels
-from pcr_torch.kernels import Layout, choice, chosen, plain, vector_products, weight_products
+from pcr_torch.kernels import (
+    Layout,
+    choice,
+    chosen,
+    combine,
+    pair_products,
+    pairs,
+    plain,
+    vector_products,
+    weight_products,
+)
 from pcr_torch.products import Products
 from pcr_torch.pullback import PAIRS
 
@@ -244,6 +254,89 @@ def test_a_model_measured_as_on_an_accelerator(way: str, architecture: str, monk
     assert_gradients_close(fast_gradients, loop_gradients, 1e-4)
 
 
+SIZES = [1, 100, 2048, 40_000, 70_001]
+
+
+@pytest.fixture(params=[WAYS[0], "plain torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Chosen for totals."""
+    monkeypatch.setattr(pairs, "chosen", lambda _: request.param)
+    return str(request.param)
+
+
+def totals(dtype: torch.dtype, exponent: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(exponent)
+    return [(10.0**exponent * torch.randn(k, generator=generator).double()).to(dtype).to(DEVICE) for k in SIZES]
+
+
+@pytest.mark.parametrize("exponent", [-25, 0, 18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("joined", [None, 0, 1])
+@pytest.mark.usefixtures("way")
+def test_products_of_totals(exponent: int, dtype: torch.dtype, joined: int | None) -> None:
+    ps, ss = totals(dtype, exponent), totals(torch.float32, 1)
+    found = pair_products(ps, ss, joined=joined).cpu()
+    for products, p, s in zip(found, ps, ss, strict=True):
+        p, s = p.double().cpu(), s.double().cpu()
+        p, s = (p - s if joined == 0 else p), (s - p if joined == 1 else s)
+        size = torch.stack([p @ p, s @ s, p.norm() * s.norm()])
+        assert bool(((products - torch.stack([p @ p, s @ s, p @ s])).abs() <= 2e-7 * size).all())
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_products_of_totals_of_many_kinds_at_once() -> None:
+    wide = torch.randn(30, 40, device=DEVICE)
+    kinds = [wide, wide.T, wide[:, ::2], wide.bfloat16(), wide.double(), wide[0, 1:8], wide[:0]]
+    found = pair_products(kinds, [2 * t for t in kinds]).cpu()
+    expected = torch.stack([t.double().square().sum().cpu() for t in kinds])
+    torch.testing.assert_close(found, torch.stack([expected, 4 * expected, 2 * expected], dim=1), rtol=1e-6, atol=0.0)
+    broken = wide.clone()
+    broken[3, 4] = torch.nan
+    assert pair_products([wide, broken], [wide, wide]).isfinite().tolist() == [[True] * 3, [False, True, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.usefixtures("way")
+def test_totals_are_combined_in_place(dtype: torch.dtype, add: bool) -> None:
+    ps, ss = totals(torch.float32, 0), totals(torch.float32, 1)
+    a, b = (torch.linspace(*ends, len(SIZES), device=DEVICE) for ends in ((1.0, 0.5), (2.0, -1.0)))
+    there = totals(dtype, 2)
+    outs = ps if dtype == torch.float32 and not add else [t.clone() for t in there]
+    sought = [x * p.double() + y * s.double() for p, s, x, y in zip(ps, ss, a, b, strict=True)]
+    broken = combine(outs, ps, ss, torch.stack([a, b]), [add] * len(SIZES))
+    assert not bool(broken.any())
+    for out, update, before in zip(outs, sought, there, strict=True):
+        before = before.double() if add else torch.zeros_like(update)
+        size = update.abs() + before.abs()
+        assert bool(((out.double() - update - before).abs() <= 2 * torch.finfo(dtype).eps * size + 1e-7).all())
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+def test_combinations_that_break_are_told() -> None:
+    """Not finite, too large for the dtype, too large in the sum; not a number that was not finite before."""
+    ones = [torch.ones(3000, device=DEVICE) for _ in range(5)]
+    outs = [torch.ones(3000, dtype=torch.float16, device=DEVICE) for _ in range(5)]
+    ones[0][2999] = torch.nan
+    ones[1] *= 1e5
+    ones[2] *= 4e4
+    outs[2] *= 4e4
+    outs[3][7] = torch.inf
+    weights = torch.tensor([[1.0] * 5, [0.0] * 5], device=DEVICE)
+    broken = combine(outs, ones, [torch.ones_like(t) for t in ones], weights, [True] * 5)
+    assert broken.tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.usefixtures("way")
+def test_without_conflict_the_combination_is_the_sum_bit_for_bit() -> None:
+    ps, ss = totals(torch.float32, 0), totals(torch.float32, 1)
+    expected = [p + s for p, s in zip(ps, ss, strict=True)]
+    combine(ps, ps, ss, torch.ones(2, len(SIZES), device=DEVICE), [False] * len(SIZES))
+    assert all(torch.equal(p, sought) for p, sought in zip(ps, expected, strict=True))
+
+
 class Dispatched(TorchDispatchMode):
     """Names of operators that reach a device, and which of them wait for it."""
 
@@ -307,5 +400,6 @@ def test_kernels_compile_for_gpus_and_keep_their_accumulators_in_registers() -> 
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
     assert ran.returncode == 0, ran.stderr[-2000:]
     spilled = json.loads(ran.stdout.splitlines()[-1])
-    assert all(count == 0 for name, count in spilled.items() if name.startswith(("bf16 sm_90", "fp16 sm_90"))), spilled
+    few = ("bf16 sm_90", "fp16 sm_90", "products", "combine")
+    assert all(count == 0 for name, count in spilled.items() if name.startswith(few)), spilled
     assert all(count < 1024 for count in spilled.values()), spilled

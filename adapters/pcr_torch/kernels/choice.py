@@ -16,7 +16,7 @@ from pcr_torch.kernels.layout import Layout
 from pcr_torch.products import Products
 from pcr_torch.pullback import PAIRS, wide_dtype
 
-_FUSED = (torch.float16, torch.bfloat16, torch.float32)
+FUSED = (torch.float16, torch.bfloat16, torch.float32)
 _SMALLEST = 1 << 17  # elements of a weight; below, too few programs run to fill a device
 
 
@@ -73,7 +73,7 @@ def weight_products(
     if not len(x):
         return Products(*_zeros([shape] * len(dys), x, layout, into))
     fused = chosen(x.device) == "triton" and x.shape[1] * outputs >= _SMALLEST if way is None else way == "triton"
-    if fused and x.dtype in _FUSED and all(total.is_contiguous() for total in into or ()):
+    if fused and x.dtype in FUSED and all(total.is_contiguous() for total in into or ()):
         totals = [x.new_empty(shape, dtype=torch.float32) for _ in dys] if into is None else list(into)
         products = _kernels().weight_products(x, gradients, layout, totals, transposed=transposed, add=into is not None)
         return Products(totals, products[:, :n], products[:, n:])
