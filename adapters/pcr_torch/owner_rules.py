@@ -84,6 +84,9 @@ class Follow:
         if out[: owners.ndim] != owners.shape:
             return [unknown] * len(inputs)
         found = self._below(node, kind, owners, out, shapes)
+        items = self._of_items(owners) if found is None else None
+        if items is not None:  # attention mixes the tokens of an item, also those that are nobody's
+            found = self._below(node, kind, items, out, shapes)
         return [unknown] * len(inputs) if found is None else found
 
     def _together(self, node: Any, outputs: dict[int, Owners | str | None]) -> Owners | None:
@@ -166,6 +169,14 @@ class Follow:
         while owners.ndim > 1 and bool((owners == owners[..., :1]).all()):
             owners = owners[..., 0]
         return self.responses if np.array_equal(owners, self.responses) else owners
+
+    def _of_items(self, owners: Owners) -> Owners | None:
+        """By the first dimension alone, where nothing along the others is another response's."""
+        if owners.ndim == 1:
+            return None
+        flat = owners.reshape(len(owners), -1)
+        only = flat.max(axis=1)  # NOBODY is below all
+        return self._fewest(only) if ((flat == only[:, None]) | (flat == NOBODY)).all() else None
 
     # -- operations whose rule depends on what they save --------------------------------------------------------------
 

@@ -148,6 +148,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             rule=config.make_rule(),
             strata=cast(Strata, config.strata),
             norms=cast(Norms, config.norms),
+            noise_every=config.noise_every,
             every=config.every,
         )
         if state is not None and state["blocks"] == [block.name for block in self.method.blocks]:

@@ -13,6 +13,7 @@ from pcr_core._numbers import is_number
 from pcr_core.projection import Conflict, Gate, Update
 from pcr_core.statistics import Strata
 from pcr_torch.blocks import Granularity
+from pcr_torch.meter import Meter
 from pcr_torch.method import Norms
 from pcr_torch.separability import refuse_beta
 
@@ -61,6 +62,13 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
     granularity: str = field(default="tensor", metadata={"help": "One block per tensor, module, layer or global."})
     strata: str = field(default="group", metadata={"help": "'group', or 'batch' to allow groups cut to one response."})
     norms: str = field(default="auto", metadata={"help": "'auto', 'fast' or 'loop', see pcr_torch.PCR."})
+    noise_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure the gradients' noise in every K-th step; 0: never. Rules that need it have it in every "
+            "step. None: every 10th, where it is cheap."
+        },
+    )
     every: int = field(
         default=1,
         metadata={"help": "Measure every K-th step, one backward pass between; one block of all that is trained only."},
@@ -76,6 +84,7 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
         for name in ("beta", "max_boost", "discount"):
             setattr(self, name, _number(name, getattr(self, name), float, optional=name != "beta"))
         self.every = _number("every", self.every, int)
+        self.noise_every = _number("noise_every", self.noise_every, int, optional=True)
         self.log_layers = _truth("log_layers", self.log_layers)
         for name, options in _CHOICES.items():
             value = getattr(self, name)
@@ -102,7 +111,7 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
                 f"rule: a config is saved as text, so it takes the name of a rule ({', '.join(pcr_core.RULES)}, or "
                 f"module:name of your own), got {self.rule!r}"
             )
-        self.make_rule()
+        Meter.of(self.make_rule(), self.noise_every)
         refuse_beta(self)
 
     def make_rule(self) -> pcr_core.Rule:

@@ -100,6 +100,10 @@ def run(
     norms: Annotated[
         str | None, typer.Option(help="How noise is measured: auto, fast, or loop (one pass a response). [auto]")
     ] = None,
+    noise_every: Annotated[
+        int | None,
+        typer.Option(help="Measure the gradients' noise in every K-th step; 0: never. [10; 1 for rules that need it]"),
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="KL coefficient, > 0. [0.04]")] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Of Adam, constant. [4e-6; tiny 3e-4]")
@@ -146,6 +150,7 @@ def run(
         "blocks": blocks,
         "granularity": granularity,
         "norms": norms,
+        "noise_every": noise_every,
         "beta": beta,
         "learning_rate": learning_rate,
         "steps": steps,

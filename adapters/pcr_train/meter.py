@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Meter:
-    """The conflict of a run, over all its steps and blocks.
+    """The conflict of a run, over all its blocks and the steps in which the gradients' noise was measured.
 
     Attributes:
         noise_share: sum of v_ps over sum of P.S, both over the steps and blocks with P.S < 0; NaN without any. Below 0
@@ -27,7 +27,8 @@ class Meter:
         debiased: the same with P.S - v_ps.
         chance: blocks that would be so if each sign were the toss of a coin.
         blocks: all blocks that had both gradients at some step.
-        steps: steps that were read.
+        steps: steps whose noise was measured.
+        run: all steps that were read.
     """
 
     noise_share: float
@@ -36,16 +37,20 @@ class Meter:
     chance: float
     blocks: int
     steps: int
+    run: int
 
     @property
     def sentence(self) -> str:
         """What the meter shows, in words."""
+        if not self.steps and self.run:
+            return "The noise of the gradients was not measured, so how much of the conflict it is remains unknown."
         if not self.blocks:
             return "No step had both a reward and a KL gradient, so no conflict was measured."
         if math.isnan(self.noise_share):
             return f"None of the {self.blocks} blocks was in conflict at any of {self.steps} steps."
+        when = "over the run" if self.steps == self.run else f"in {self.steps} of {self.run} steps"
         return (
-            f"Of the conflict measured over the run, {self.noise_share:.2f} is sampling noise that both gradients "
+            f"Of the conflict measured {when}, {self.noise_share:.2f} is sampling noise that both gradients "
             f"share. Without it, {self.debiased} of {self.blocks} blocks are in conflict in more than half of the "
             f"steps (as measured: {self.raw}; if each sign were the toss of a coin: {self.chance:.0f})."
         )
@@ -55,8 +60,8 @@ def measure(rows: Sequence[Mapping[str, Any]]) -> Meter:
     """The meter of the rows of a metrics.jsonl; numbers that are not finite there are left out."""
     conflict = noise = 0.0
     opposed: defaultdict[str, list[tuple[bool, bool]]] = defaultdict(list)
-    for row in rows:
-        blocks = row.get("blocks", {})
+    measured = [blocks for row in rows if "covariance" in (blocks := row.get("blocks", {}))]
+    for blocks in measured:
         columns = (blocks.get(key, ()) for key in ("name", "dot", "covariance", "plasticity_sq", "stability_sq"))
         for name, dot, shared, plasticity, stability in zip(*columns, strict=True):
             if None in (dot, shared) or not (plasticity and stability):
@@ -68,7 +73,7 @@ def measure(rows: Sequence[Mapping[str, Any]]) -> Meter:
     raw, debiased = (sum(2 * sum(s[i] for s in signs) > len(signs) for signs in opposed.values()) for i in (0, 1))
     chance = sum(_more_than_half(len(signs)) for signs in opposed.values())
     share = noise / conflict if conflict else math.nan
-    return Meter(share, raw, debiased, chance, len(opposed), len(rows))
+    return Meter(share, raw, debiased, chance, len(opposed), len(measured), len(rows))
 
 
 def _more_than_half(tosses: int) -> float:

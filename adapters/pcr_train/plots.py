@@ -39,12 +39,15 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
     _conflict(axes[0, 3], steps, rows)
     measured = [row for row in rows if "blocks" in row]
     if measured:
-        grids = [layer_cosines(measured, key) for key in ("cosine", "cosine_debiased")]
-        finite = np.concatenate([grid[np.isfinite(grid)] for _, grid in grids])
+        kinds = {"cosine": "cos(reward gradient, KL gradient)",
+                 "cosine_debiased": "the same without shared sampling noise"}  # fmt: skip
+        chosen = {key: [row for row in measured if key in row["blocks"]] for key in kinds}
+        grids = {key: layer_cosines(some, key) for key, some in chosen.items() if some}
+        finite = np.concatenate([grid[np.isfinite(grid)] for _, grid in grids.values()])
         limit = max(float(np.abs(finite).max()) if finite.size else 0.0, HEATMAP_AT_LEAST)
-        ends = measured[0]["step"], measured[-1]["step"]
-        _heatmap(figure, axes[1, 0], *grids[0], ends, limit, "cos(reward gradient, KL gradient)")
-        _heatmap(figure, axes[1, 1], *grids[1], ends, limit, "the same without shared sampling noise")
+        for axis, (key, grid) in zip(axes[1], grids.items()):
+            ends = chosen[key][0]["step"], chosen[key][-1]["step"]
+            _heatmap(figure, axis, *grid, ends, limit, kinds[key])
         _families(axes[1, 2], measured, "alpha", "alpha by module family", "fraction of the conflict removed")
         _families(axes[1, 3], measured, "b", "KL weight by module family", "effective KL coefficient / beta")
     for axis in axes.flat:
@@ -104,8 +107,10 @@ def _conflict(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> No
         ("pcr/noise_share", "share of shared noise in the conflict", INK, ":"),
     ):
         values = _column(rows, key)
-        if np.isfinite(values).any():
-            axis.plot(steps, values, dash, color=colour, linewidth=1.8, marker="o", markersize=2.5, label=label)
+        known = np.isfinite(values)  # of the noise, every K-th step's
+        if known.any():
+            at = np.array(steps)[known]
+            axis.plot(at, values[known], dash, color=colour, linewidth=1.8, marker="o", markersize=2.5, label=label)
     if axis.lines:
         axis.set_ylim(-0.05, 1.35)  # room for the legend; a share outside is cut off
         axis.legend(frameon=False, fontsize=8, loc="upper left")

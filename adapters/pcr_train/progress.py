@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pcr_core import BlockStatistics, Weights
 from pcr_core._summary import debiased_cosine
+from pcr_core.projection import NOISE
 from pcr_train.settings import replace_text
 
 
@@ -60,13 +61,20 @@ def block_columns(
     weights: Weights[Any],
     statistics: BlockStatistics[Any],
 ) -> dict[str, list[Any]]:
-    """The per-block part of a step's row."""
+    """The per-block part of a step's row; what needs the noise of the gradients only where that was measured."""
+    noise = (
+        {
+            "cosine_debiased": debiased_cosine(statistics).tolist(),
+            **{name: getattr(statistics, name).tolist() for name in NOISE},
+        }
+        if statistics.has_noise
+        else {}
+    )
     return {
         "name": list(names),
         "layer": list(layers),
         "family": list(families),
         "cosine": weights.cosine.tolist(),
-        "cosine_debiased": debiased_cosine(statistics).tolist(),
         "alpha": weights.alpha.tolist(),
         "conflict": weights.conflict.tolist(),
         "a": weights.plasticity.tolist(),
@@ -74,12 +82,8 @@ def block_columns(
         "plasticity_sq": statistics.plasticity_sq.tolist(),
         "stability_sq": statistics.stability_sq.tolist(),
         "dot": statistics.dot.tolist(),
-        **{name: _list(getattr(statistics, name)) for name in ("plasticity_var", "stability_var", "covariance")},
+        **noise,
     }
-
-
-def _list(values: Any) -> Any:
-    return None if values is None else values.tolist()
 
 
 class StepLine:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pcr_core import RULES, Rule, make_rule
+from pcr_core import RULES, Rule, make_rule, needs_noise
 
 EXTENDABLE = ("steps", "save_every")
 """Settings that may differ on --resume: they do not change the steps already taken."""
@@ -35,6 +35,7 @@ class Settings:
         blocks: "mlp", "all" or a regular expression: the parameters that the rule acts on.
         granularity: "tensor", "module", "layer" or "global".
         norms: how per-response norms are measured: "auto", "fast" or "loop", see `pcr_torch.PCR`.
+        noise_every: measure the gradients' noise in every K-th step, see `pcr_torch.PCR`; None for its default.
         beta: coefficient of the KL divergence to the starting model; > 0.
         learning_rate: of Adam, constant.
         steps: optimizer steps.
@@ -68,6 +69,7 @@ class Settings:
     blocks: str = "mlp"
     granularity: str = "tensor"
     norms: str = "auto"
+    noise_every: int | None = None
     beta: float = 0.04
     learning_rate: float = 4e-6
     steps: int = 12
@@ -96,6 +98,13 @@ class Settings:
             raise ValueError(f"--rule: {module} cannot be imported: {error}") from error
         if self.norms not in NORMS:
             raise ValueError(f"--norms: expected one of {', '.join(NORMS)}, got {self.norms!r}")
+        if self.noise_every is not None and self.noise_every < 0:
+            raise ValueError(f"--noise-every: expected 0 (never) or more, got {self.noise_every}")
+        if self.noise_every not in (None, 1) and needs_noise(self.make_rule()):
+            raise ValueError(
+                f"--noise-every {self.noise_every}: --rule {self.rule} with these options reads the noise of the "
+                "gradients in every step; leave it out, or give --alpha a number"
+            )
         if not self.model:
             raise ValueError("--model: it is empty; expected smollm2, tiny, a local folder, or a hub id")
         if not 0 <= self.seed < 1 << 32:

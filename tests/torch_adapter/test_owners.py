@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,23 @@ def assert_auto_equals_loop(
     assert_statistics_close(report.statistics, statistics, 1e-5)
     assert_gradients_close(got, expected, 1e-4)
     assert all(way == "fast" for way in ways.values()) == fast, ways
+
+
+def test_a_head_that_reads_some_tokens_only() -> None:
+    """As TRL scores completions: rows picked by a mask; attention below mixes them with the rest of their response."""
+    model: Any = tiny_model("llama")
+    data = batch()
+    chosen = torch.zeros_like(data.tokens, dtype=torch.bool)
+    chosen[:, data.prompt - 1 : -1] = data.mask
+
+    def logp() -> Tensor:
+        hidden = model.model(input_ids=data.tokens).last_hidden_state
+        picked = model.lm_head(hidden[chosen]).log_softmax(-1)
+        taken = picked.gather(-1, data.tokens[:, data.prompt :][data.mask][:, None])[:, 0]
+        return torch.zeros(data.mask.shape).masked_scatter(data.mask, taken)
+
+    cotangents = torch.randn(2, *data.mask.shape, generator=torch.Generator().manual_seed(1)).unbind()
+    assert_auto_equals_loop(model, logp, cotangents, data.group_ids, "mlp", fast=True)
 
 
 def test_rows_that_nothing_depends_on_belong_to_nobody() -> None:

@@ -78,7 +78,7 @@ def test_a_run_prints_the_table_and_where_the_files_are(
         (["--rule", ":"], "--rule: expected one of"),
         (["--discount", "0.5"], "only prior='temporal' has one"),
         (["--out", "/dev/null"], "/dev/null"),
-        (["--blocks", ""], "'' would match every parameter"),
+        (["--blocks", ""], "an empty expression matches every parameter"),
         (["--model", "."], "config.json"),
         (["--resume", "no-such-run"], "no settings.json"),
         (["--steps", "many"], "--steps"),

@@ -53,7 +53,8 @@ def test_no_conflict_and_nothing_measured_are_said_so():
     quiet = measure([row(1, [1.0, 2.0], [0.0, 0.0])])
     assert math.isnan(quiet.noise_share)
     assert quiet.sentence == "None of the 2 blocks was in conflict at any of 1 steps."
-    assert "no conflict was measured" in measure([{"step": 1}]).sentence
+    assert "no conflict was measured" in measure([row(1, [1.0], [0.0]) | {"blocks": {}}, row(1, [], [])]).sentence
+    assert "noise of the gradients was not measured" in measure([{"step": 1}]).sentence
 
 
 @pytest.mark.parametrize(("mean", "shared", "expected"), [(0.0, 1.0, 1.0), (1.0, 0.0, 0.0)])
@@ -79,9 +80,20 @@ def test_shared_noise_without_conflict_reads_one_and_conflict_without_shared_noi
     assert debiased == pytest.approx(np.mean([r["blocks"]["cosine"] for r in rows]) * (1 - expected), abs=0.1)
 
 
-def test_a_run_of_plain_grpo_observes_and_changes_nothing(go: Callable[..., Outcome], tmp_path: Path):
-    outcome = go(tmp_path / "run", rule="grpo", beta=0.5, steps=6, generations=16)
+def test_a_rule_that_needs_no_noise_has_it_now_and_then(go: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = go(tmp_path / "run", rule="pcr", alpha=0.5, steps=3, noise_every=2)
     rows = read_metrics(outcome.metrics)
+    assert [row["path"] for row in rows] == ["fast", "autograd", "fast"]
+    assert ["covariance" in row["blocks"] for row in rows] == [True, False, True]
+    assert ["pcr/plasticity_nsr" in row for row in rows] == [True, False, True]
+    assert "in 2 of 3 steps" in outcome.meter.sentence or "at any of 2 steps" in outcome.meter.sentence
+    assert outcome.plot.exists()
+
+
+def test_a_run_of_plain_grpo_observes_and_changes_nothing(go: Callable[..., Outcome], tmp_path: Path):
+    outcome = go(tmp_path / "run", rule="grpo", beta=0.5, steps=6, generations=16, noise_every=1)
+    rows = read_metrics(outcome.metrics)
+    assert {row["path"] for row in rows} == {"fast"}
     for blocks in (r["blocks"] for r in rows):
         assert set(blocks["a"]) == set(blocks["b"]) == {1.0}
     assert outcome.meter == measure(rows)

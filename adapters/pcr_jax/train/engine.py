@@ -52,6 +52,8 @@ class JaxEngine:
             raise ValueError("--precision: --framework jax trains in float32; use --framework torch for bfloat16")
         if settings.blocks == "list":
             raise ValueError("--blocks list: not with --framework jax; see pcr_jax.select_blocks")
+        if settings.noise_every is not None:
+            raise ValueError("--noise-every: --framework jax measures the noise in every step; leave it out")
         if settings.norms != "auto":
             raise ValueError("--norms: --framework jax measures its one model in one way; leave it out")
         if settings.granularity == "module":

@@ -104,5 +104,6 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
         report = self.trainer.last_report
         if report is not None:
             names, layers, families = zip(*((b.name, b.layer, b.family) for b in report.blocks), strict=True)
+            row["path"] = report.path
             row["blocks"] = block_columns(names, layers, families, report.weights, report.statistics)
         self.on_step(row)

@@ -44,6 +44,7 @@ def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:
         blocks=settings.blocks,
         granularity=settings.granularity,
         norms=settings.norms,
+        noise_every=settings.noise_every,
         router_aux_loss_coef=0.0,  # a mixture of experts adds it by default, and it belongs to neither stream
         beta=settings.beta,
         learning_rate=settings.learning_rate,
