@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pcr_core import BlockStatistics, Weights
+from pcr_torch import kernels
 from pcr_torch.distributed import like, local
-from pcr_torch.pullback import total_dtype, wide_dtype
+from pcr_torch.pullback import inner, total_dtype, wide_dtype
 
 _ROW = 1 << 10  # float32 dot products of this length err by 5e-7 of |a||b| at most, also where all terms are equal
 _PART = 1 << 18  # operands of this length stay in a cache, and calls are few
@@ -30,7 +32,8 @@ def gradient_products(p: Tensor, s: Tensor, *, joined: int | None = None) -> Ten
     against |p||s|, squares near the ends of float32) they are taken again with products in float64.
     """
     if joined == 1:
-        return gradient_products(s, p, joined=0)[[1, 0, 2]]
+        ss, pp, ps = gradient_products(s, p, joined=0).unbind()
+        return torch.stack([pp, ss, ps])
     x, y = p.detach().reshape(-1), s.detach().reshape(-1)
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return _wide_products(x, y, joined == 0)
@@ -41,6 +44,22 @@ def gradient_products(p: Tensor, s: Tensor, *, joined: int | None = None) -> Ten
     if abs(ps) < _NEARLY_ORTHOGONAL * math.sqrt(pp * ss):
         sums[2] = _wide_products(x, y, joined == 0)[2]
     return sums
+
+
+def all_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor], *, joined: int | None = None) -> Tensor:
+    """(pairs, 3) `gradient_products` of each pair, in float64 on the CPU; waits once for each accelerator."""
+    found = torch.zeros(len(firsts), 3, dtype=torch.float64)
+    on: dict[torch.device, list[int]] = {}
+    for k, p in enumerate(firsts):
+        on.setdefault(p.device, []).append(k)
+    for device, at in on.items():
+        ps, ss = ([each[k] for k in at] for each in (firsts, seconds))
+        if kernels.serve(device):
+            found[at] = kernels.pair_products(ps, ss, joined=joined).to("cpu", torch.float64)
+        else:
+            for k, x, y in zip(at, ps, ss, strict=True):
+                found[k] = inner(x, x) if x is y else gradient_products(x, y, joined=joined)
+    return found
 
 
 def _short_products(x: Any, y: Any, joined: bool) -> Tensor:
@@ -88,6 +107,11 @@ def of_sum(weights: Weights[Tensor], joined: int | None) -> tuple[list[float], l
     return (a - b if joined == 1 else a).tolist(), (b - a if joined == 0 else b).tolist()
 
 
+def is_held(parameter: nn.Parameter, bound: float) -> bool:
+    """Whether a bound on the numbers added says that the parameter's dtype holds them."""
+    return parameter.dtype != torch.float16 and bound < torch.finfo(parameter.dtype).max / 2
+
+
 def add_combination(
     parameter: nn.Parameter, p: Tensor | None, s: Tensor | None, a: float, b: float, bound: float = math.inf
 ) -> bool:
@@ -106,7 +130,7 @@ def add_combination(
     elif not math.isfinite(b):
         update.add_(b)
     update, before = update.to(parameter.dtype), parameter.grad
-    sure = parameter.dtype != torch.float16 and bound < torch.finfo(parameter.dtype).max / 2
+    sure = is_held(parameter, bound)
     held = sure or bool(update.isfinite().all())
     update = like(update, parameter)
     parameter.grad = update if before is None else update.add_(before)

@@ -19,7 +19,7 @@ from pcr_core.rules import require_rule
 from pcr_core.statistics import Strata
 from pcr_torch.batch import check_batch, strata_of
 from pcr_torch.blocks import Granularity, Selector, describe_blocks, select_blocks
-from pcr_torch.combine import add_combination, longest, of_sum
+from pcr_torch.combine import longest, of_sum
 from pcr_torch.distributed import average, local, sharded_modules, unwrap
 from pcr_torch.kernels import WORKSPACE
 from pcr_torch.meter import Meter
@@ -30,6 +30,7 @@ from pcr_torch.report import Report
 from pcr_torch.statistics import BlockSums, Totals
 from pcr_torch.temporal import TemporalFilter
 from pcr_torch.totals import pull_totals
+from pcr_torch.update import Part, add_update
 
 Norms = Literal["auto", "fast", "loop"]
 _log = logging.getLogger("pcr_torch")
@@ -253,11 +254,13 @@ class PCR:
             bounds = longest(weights, statistics)
         a, b = of_sum(weights, joined)
         plasticity, stability = self._totals
+        block_of = self._sums.block_of.tolist()
+        held = add_update(
+            Part(p, plasticity.pop(name, None), stability.pop(name, None), a[block], b[block], float(bounds[block]))
+            for block, (name, p) in zip(block_of, self._parameters.items())
+        )
         broken = torch.zeros_like(bounds)
-        for block, (name, parameter) in zip(self._sums.block_of.tolist(), self._parameters.items()):
-            p, s = plasticity.pop(name, None), stability.pop(name, None)
-            if not add_combination(parameter, p, s, a[block], b[block], float(bounds[block])):
-                broken[block] = 1
+        broken[[block for block, each in zip(block_of, held, strict=True) if not each]] = 1
         if self._ranks is not None and self._sharded:  # each has seen its own part
             broken = self._ranks.sum(broken)
         weights = replace(weights, finite=weights.finite & (broken == 0))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import pcr_core
 from pcr_core import BlockStatistics, Scatter
 from pcr_torch.blocks import Block
-from pcr_torch.combine import gradient_products
+from pcr_torch.combine import all_products
 from pcr_torch.distributed import Ranks
-from pcr_torch.pullback import Pulled, Total, inner, wide_dtype
+from pcr_torch.pullback import Pulled, Total
 
 Totals = tuple[Total, Total]
 
@@ -88,18 +88,23 @@ class BlockSums:
     def _products(self, totals: Totals, joined: int | None) -> Tensor:
         """(3, blocks) inner products of the streams' totals: |P|^2, |S|^2, P.S, of them what this rank has to count."""
         p, s = totals
-        device = next(iter(self.parameters.values())).device
-        rows = []
-        for k, (name, parameter) in enumerate(self.parameters.items()):
-            share = 1.0 if self.ranks is None else self.ranks.share(k, parameter)
-            products = torch.zeros(3, dtype=wide_dtype(parameter.device), device=parameter.device)
-            if share and name in p and name in s:
-                products = share * gradient_products(p[name], s[name], joined=joined)
-            elif share and (name in p or name in s):
-                alone = 0 if name in p else 1
-                products[alone] = share * inner(totals[alone][name], totals[alone][name])
-            rows.append(products.to(device))
-        return self._per_block(torch.stack(rows).to("cpu", torch.float64).T.contiguous())
+        found = torch.zeros(len(self.parameters), 3, dtype=torch.float64)
+        shares = [
+            1.0 if self.ranks is None else self.ranks.share(k, parameter)
+            for k, parameter in enumerate(self.parameters.values())
+        ]
+        counted = {name: k for k, name in enumerate(self.parameters) if shares[k]}
+        both = {name: k for name, k in counted.items() if name in p and name in s}
+        if both:
+            found[list(both.values())] = all_products(
+                [p[name] for name in both], [s[name] for name in both], joined=joined
+            )
+        for stream, total in enumerate(totals):
+            alone = {name: k for name, k in counted.items() if name in total and name not in both}
+            if alone:
+                squares = all_products([total[name] for name in alone], [total[name] for name in alone])
+                found[list(alone.values()), stream] = squares[:, 0]
+        return self._per_block((found * torch.tensor(shares, dtype=torch.float64)[:, None]).T.contiguous())
 
     def _per_block(self, per_parameter: Tensor) -> Tensor:
         """(..., parameters) -> (..., blocks), summed."""

@@ -24,7 +24,7 @@ from test_pullback import assert_gradients_close, assert_statistics_close, pull
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pcr_torch import kernels
+from pcr_torch import kernels, update
 from pcr_torch.kernels import (
     Layout,
     choice,
@@ -38,6 +38,7 @@ from pcr_torch.kernels import (
 )
 from pcr_torch.products import Products
 from pcr_torch.pullback import PAIRS
+from pcr_torch.update import Part, add_update
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RUNS = find_spec("triton") is not None and (DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
@@ -240,6 +241,7 @@ def test_a_model_measured_as_on_an_accelerator(way: str, architecture: str, monk
         pytest.skip("the model is on the CPU, so the kernels have to be interpreted")
     monkeypatch.setattr(choice, "_SMALLEST", 0)
     monkeypatch.setattr(choice, "chosen", lambda _: way)
+    monkeypatch.setattr(pairs, "chosen", lambda _: way)
     data = batch()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -307,10 +309,10 @@ def test_totals_are_combined_in_place(dtype: torch.dtype, add: bool) -> None:
     sought = [x * p.double() + y * s.double() for p, s, x, y in zip(ps, ss, a, b, strict=True)]
     broken = combine(outs, ps, ss, torch.stack([a, b]), [add] * len(SIZES))
     assert not bool(broken.any())
-    for out, update, before in zip(outs, sought, there, strict=True):
-        before = before.double() if add else torch.zeros_like(update)
-        size = update.abs() + before.abs()
-        assert bool(((out.double() - update - before).abs() <= 2 * torch.finfo(dtype).eps * size + 1e-7).all())
+    for out, sum_of, before in zip(outs, sought, there, strict=True):
+        before = before.double() if add else torch.zeros_like(sum_of)
+        size = sum_of.abs() + before.abs()
+        assert bool(((out.double() - sum_of - before).abs() <= 2 * torch.finfo(dtype).eps * size + 1e-7).all())
 
 
 @pytest.mark.usefixtures("way")
@@ -335,6 +337,48 @@ def test_without_conflict_the_combination_is_the_sum_bit_for_bit() -> None:
     expected = [p + s for p, s in zip(ps, ss, strict=True)]
     combine(ps, ps, ss, torch.ones(2, len(SIZES), device=DEVICE), [False] * len(SIZES))
     assert all(torch.equal(p, sought) for p, sought in zip(ps, expected, strict=True))
+
+
+NUMBERS = {  # dtype of the parameter; plasticity, stability, .grad before; weights
+    "float32": (torch.float32, 1.0, 2.0, None, (1.0, 3.0)),
+    "float32, added": (torch.float32, 1.0, 2.0, 4.0, (0.5, 3.0)),
+    "bfloat16": (torch.bfloat16, 1.0, 2.0, None, (1.0, 3.0)),
+    "bfloat16, added": (torch.bfloat16, 1.0, 2.0, 4.0, (1.0, 3.0)),
+    "no stability": (torch.float32, 1.0, None, None, (2.0, 3.0)),
+    "no plasticity": (torch.float32, None, 2.0, 1.0, (2.0, 3.0)),
+    "neither": (torch.float32, None, None, 1.0, (2.0, 3.0)),
+    "no stability, but its weight": (torch.float32, 1.0, None, None, (2.0, torch.inf)),
+    "too large": (torch.float16, 1.0, 2e4, None, (1.0, 4.0)),
+    "too large when added": (torch.float16, 1.0, 2e4, 6e4, (1.0, 1.0)),
+    "not finite": (torch.bfloat16, torch.nan, 1.0, None, (1.0, 1.0)),
+    "not finite before": (torch.bfloat16, 1.0, 1.0, torch.inf, (1.0, 1.0)),
+}
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("bucket", [1, 1 << 28])
+def test_an_update_on_an_accelerator_is_that_on_a_cpu(bucket: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parts() -> list[Part]:
+        found = []
+        for dtype, p, s, before, (a, b) in NUMBERS.values():
+            parameter = torch.nn.Parameter(torch.zeros(5, 7, dtype=dtype))
+            parameter.grad = None if before is None else torch.full_like(parameter, before)
+            p, s = (None if each is None else torch.full((5, 7), each) for each in (p, s))
+            found.append(Part(parameter, p, s, a, b, torch.inf))
+        return found
+
+    ours, expected = parts(), parts()
+    held = add_update(iter(expected))
+    monkeypatch.setattr(kernels, "serve", lambda _: True)
+    monkeypatch.setattr(update, "_BUCKET", bucket)
+    assert dict(zip(NUMBERS, add_update(iter(ours)), strict=True)) == dict(zip(NUMBERS, held, strict=True))
+    assert [name for name, each in zip(NUMBERS, held, strict=True) if not each] == [
+        "no stability, but its weight", "too large", "too large when added", "not finite",
+    ]  # fmt: skip
+    for name, one, other in zip(NUMBERS, ours, expected, strict=True):
+        found, sought = one.parameter.grad, other.parameter.grad
+        torch.testing.assert_close(found, sought, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
 class Dispatched(TorchDispatchMode):
