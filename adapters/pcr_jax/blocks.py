@@ -55,6 +55,12 @@ class Blocks:
         """Indices of the leaves that lie in a block."""
         return tuple(k for k, block in enumerate(self.of_leaf) if block is not None)
 
+    @property
+    def stacks(self) -> tuple[str | None, ...]:
+        """What numbers the layer of each block, such as "encoder/layers"; None where `layers` is None."""
+        first = [self.paths[self.of_leaf.index(block)] for block in range(len(self.names))]
+        return tuple(None if i is None else _stack(path) for i, path in zip(self.layers, first, strict=True))
+
 
 def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularity = "tensor") -> Blocks:
     """Blocks of a pytree's floating leaves (arrays, tracers or `jax.ShapeDtypeStruct`).
@@ -133,6 +139,13 @@ def _layer(path: str) -> tuple[int, int | None]:
         if _STACK.match(key):
             return depth, None
     return 0, None
+
+
+def _stack(path: str) -> str:
+    """What lies above a leaf's layer; "block" of `block_3`."""
+    keys = path.split("/")[: _layer(path)[0]]
+    numbered = _NUMBERED.match(keys[-1])
+    return "/".join([*keys[:-1], numbered.group(1).rstrip("_")] if numbered else keys[:-1])
 
 
 def _block_name(path: str, granularity: Granularity) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,19 +61,39 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
 def layer_cosines(rows: Sequence[dict[str, Any]], key: str = "cosine") -> tuple[list[str], np.ndarray[Any, Any]]:
     """Mean cos(P, S) of each layer (rows) at each step (columns); blocks outside layers come last.
 
+    Layers of several stacks, as of an encoder and a decoder, have rows of their own, named "encoder 0".
     With key="cosine_debiased" of P.S - v_ps in place of P.S.
     """
-    layers = sorted({layer for row in rows for layer in row["blocks"]["layer"] if layer is not None})
-    outside = any(layer is None for row in rows for layer in row["blocks"]["layer"])
-    places: list[int | None] = [*layers, None] if outside else [*layers]
+    placed = [[*zip(_places(row["blocks"]), row["blocks"][key], strict=True)] for row in rows]
+    seen = dict.fromkeys(place for row in placed for place, _ in row)
+    stacks = list(dict.fromkeys(stack for stack, layer in seen if layer is not None))
+    places = sorted(seen, key=lambda at: (1, 0, 0) if at[1] is None else (0, stacks.index(at[0]), at[1]))
     grid = np.full((len(places), len(rows)), np.nan)
-    for column, row in enumerate(rows):
+    for column, row in enumerate(placed):
         for line, place in enumerate(places):
-            blocks = zip(row["blocks"]["layer"], row["blocks"][key], strict=True)
-            found = [c for layer, c in blocks if layer == place and c is not None]
+            found = [cosine for at, cosine in row if at == place and cosine is not None]
             if found:
                 grid[line, column] = np.mean(found)
-    return ["other" if place is None else str(place) for place in places], grid
+    short = dict(zip(stacks, _distinct(stacks), strict=True))
+    return ["other" if i is None else f"{short[stack]} {i}".strip() for stack, i in places], grid
+
+
+def _places(blocks: dict[str, Any]) -> list[tuple[str, int | None]]:
+    """Stack and layer of each block; ("", None) outside layers."""
+    stacks = blocks.get("stack", [None] * len(blocks["layer"]))  # not in files of earlier versions
+    return [("" if i is None else stack or "", i) for stack, i in zip(stacks, blocks["layer"], strict=True)]
+
+
+def _distinct(stacks: Sequence[str]) -> list[str]:
+    """Paths without the words that all begin or end with; "" of the only one."""
+    paths = [re.split(r"[./]", stack) for stack in stacks]
+    if len(paths) < 2:
+        return [""] * len(paths)
+    for end in (0, -1):
+        while all(len(path) > 1 for path in paths) and len({path[end] for path in paths}) == 1:
+            for path in paths:
+                del path[end]
+    return [".".join(path) for path in paths]
 
 
 def _reward(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> None:

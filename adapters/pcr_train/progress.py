@@ -57,11 +57,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def block_columns(
     names: Sequence[str],
     layers: Sequence[int | None],
+    stacks: Sequence[str | None],
     families: Sequence[str],
     weights: Weights[Any],
     statistics: BlockStatistics[Any],
 ) -> dict[str, list[Any]]:
-    """The per-block part of a step's row; what needs the noise of the gradients only where that was measured."""
+    """The per-block part of a step's row; what needs the noise of the gradients only where that was measured.
+
+    "stack" is the list that a layer is in, of which a model may have several.
+    """
     noise = (
         {
             "cosine_debiased": debiased_cosine(statistics).tolist(),
@@ -73,6 +77,7 @@ def block_columns(
     return {
         "name": list(names),
         "layer": list(layers),
+        "stack": list(stacks),
         "family": list(families),
         "cosine": weights.cosine.tolist(),
         "alpha": weights.alpha.tolist(),

@@ -115,6 +115,19 @@ def test_blocks_are_static_arguments() -> None:
     assert seen == [select_blocks(params)]
 
 
+def test_stacks_tell_layers_of_the_same_number_apart() -> None:
+    layer = {"mlp": {"up": matrix()}}
+    blocks = select_blocks(
+        {"encoder": {"layers": [layer]}, "decoder": {"block_0": layer}, "mlp": {"up": matrix()}, "layers": [layer]}
+    )
+    assert dict(zip(blocks.names, zip(blocks.stacks, blocks.layers, strict=True), strict=True)) == {
+        "encoder/layers/0/mlp/up": ("encoder/layers", 0),
+        "decoder/block_0/mlp/up": ("decoder/block", 0),
+        "mlp/up": (None, None),
+        "layers/0/mlp/up": ("layers", 0),
+    }
+
+
 def test_errors_say_what_there_is() -> None:
     params = tiny.parameters(layers=2)
     with pytest.raises(ValueError, match=r"blocks: 'ffn' matches no floating leaf.*embed"):

@@ -71,7 +71,12 @@ def test_shared_noise_without_conflict_reads_one_and_conflict_without_shared_noi
         res = pcr_core.resolve(mean + noise, stability, group_ids=groups, rule=pcr_core.GRPO(), sizes=sizes)
         assert set(res.weights.plasticity) == set(res.weights.stability) == {1.0}
         rows.append(
-            {"step": step, "blocks": block_columns(list("abc"), [0, 1, 2], list("abc"), res.weights, res.statistics)}
+            {
+                "step": step,
+                "blocks": block_columns(
+                    list("abc"), [0, 1, 2], ["layers"] * 3, list("abc"), res.weights, res.statistics
+                ),
+            }
         )
     meter = measure(rows)
     assert meter.noise_share == pytest.approx(expected, abs=0.03)

@@ -43,6 +43,30 @@ def test_layer_cosines_average_the_blocks_of_a_layer():
     np.testing.assert_allclose(layer_cosines([row(1)], "cosine_debiased")[1], [[0.1], [np.nan], [0.0]])
 
 
+@pytest.mark.parametrize(
+    ("stacks", "expected"),
+    [
+        (["layers"] * 4, ["0", "1", "other"]),
+        (
+            ["encoder.layers", "decoder.layers", "decoder.layers", None],
+            ["encoder 0", "decoder 0", "decoder 1", "other"],
+        ),
+        (
+            ["model.visual.blocks", "model.layers", "model.layers", None],
+            ["visual.blocks 0", "layers 0", "layers 1", "other"],
+        ),
+    ],
+)
+def test_layers_of_several_stacks_do_not_share_a_row(stacks: list, expected: list, tmp_path: Path):
+    several = row(1)
+    several["blocks"]["stack"] = stacks
+    names, grid = layer_cosines([several])
+    assert names == expected
+    means = [-0.1] if len(names) == 3 else [0.2, -0.4]
+    np.testing.assert_allclose(grid[:, 0], [*means, np.nan, 0.1])
+    assert draw([several], tmp_path / "plot.png", title="a run").stat().st_size > 10_000
+
+
 def test_no_steps_no_plot(tmp_path: Path):
     with pytest.raises(ValueError, match="nothing to plot"):
         draw([], tmp_path / "plot.png", title="")

@@ -157,7 +157,7 @@ def on_host(report: Report) -> Report:
 
 def _block_columns(report: Report) -> dict[str, list[Any]]:
     seen, blocks = on_host(report), report.blocks
-    return block_columns(blocks.names, blocks.layers, _families(blocks), seen.weights, seen.statistics)
+    return block_columns(blocks.names, blocks.layers, blocks.stacks, _families(blocks), seen.weights, seen.statistics)
 
 
 def _families(blocks: Blocks) -> list[str]:

@@ -103,7 +103,8 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
         row["seconds"] = logs.get("step_time")
         report = self.trainer.last_report
         if report is not None:
-            names, layers, families = zip(*((b.name, b.layer, b.family) for b in report.blocks), strict=True)
             row["path"] = report.path
-            row["blocks"] = block_columns(names, layers, families, report.weights, report.statistics)
+            described = ((b.name, b.layer, b.stack, b.family) for b in report.blocks)
+            names, layers, stacks, families = zip(*described, strict=True)
+            row["blocks"] = block_columns(names, layers, stacks, families, report.weights, report.statistics)
         self.on_step(row)
