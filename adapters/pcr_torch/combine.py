@@ -31,18 +31,15 @@ def gradient_products(p: Tensor, s: Tensor, *, joined: int | None = None) -> Ten
     On a CPU sums are float32 within short parts and float64 across them. Where that would lose digits (p.s small
     against |p||s|, squares near the ends of float32) they are taken again with products in float64.
     """
-    if joined == 1:
-        ss, pp, ps = gradient_products(s, p, joined=0).unbind()
-        return torch.stack([pp, ss, ps])
     x, y = p.detach().reshape(-1), s.detach().reshape(-1)
     if x.device.type != "cpu" or x.dtype != torch.float32:
-        return _wide_products(x, y, joined == 0)
-    sums = _short_products(x.numpy(), y.numpy(), joined == 0)
+        return _wide_products(x, y, joined)
+    sums = _short_products(x.numpy(), y.numpy(), joined)
     pp, ss, ps = sums.tolist()
     if not (_SAFE[0] < pp < _SAFE[1] and _SAFE[0] < ss < _SAFE[1]):
-        return _wide_products(x, y, joined == 0)
+        return _wide_products(x, y, joined)
     if abs(ps) < _NEARLY_ORTHOGONAL * math.sqrt(pp * ss):
-        sums[2] = _wide_products(x, y, joined == 0)[2]
+        sums[2] = _wide_products(x, y, joined)[2]
     return sums
 
 
@@ -62,35 +59,36 @@ def all_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor], *, joined:
     return found
 
 
-def _short_products(x: Any, y: Any, joined: bool) -> Tensor:
+def _short_products(x: Any, y: Any, joined: int | None) -> Tensor:
     """The three products by rows, in NumPy, whose BLAS takes half the time of torch.dot on what is in a cache."""
     rows, step = len(x) // _ROW, _PART // _ROW
     one, other = (t[: rows * _ROW].reshape(rows, _ROW) for t in (x, y))
     short = np.empty((3, rows), dtype=np.float32)
-    apart = np.empty((step, _ROW) if joined else 0, dtype=np.float32)
+    apart = np.empty(0 if joined is None else (step, _ROW), dtype=np.float32)
     with np.errstate(all="ignore"):  # overflow is seen in the sums
         for start in range(0, rows, step):
             at = slice(start, start + step)
             a, b = one[at], other[at]
-            if joined:
+            if joined == 0:
                 a = np.subtract(a, b, out=apart[: len(a)])
+            elif joined == 1:
+                b = np.subtract(b, a, out=apart[: len(a)])
             np.vecdot(a, b, out=short[2, at])  # brings both into a cache for the other two
             np.vecdot(a, a, out=short[0, at])
             np.vecdot(b, b, out=short[1, at])
         a, b = (t[rows * _ROW :] for t in (x, y))
-        a = a - b if joined else a
+        a, b = (a - b if joined == 0 else a), (b - a if joined == 1 else b)
         rest = np.stack([np.vecdot(a, a), np.vecdot(b, b), np.vecdot(a, b)])
         return torch.from_numpy(short.sum(axis=1, dtype=np.float64) + rest)
 
 
-def _wide_products(x: Tensor, y: Tensor, joined: bool) -> Tensor:
+def _wide_products(x: Tensor, y: Tensor, joined: int | None) -> Tensor:
     wide = wide_dtype(x.device)
     size = _CACHED if x.device.type == "cpu" else _CHUNK
     rows = []
     for a, b in zip(torch.split(x, size), torch.split(y, size)):
         u, v = a.to(wide), b.to(wide)
-        if joined:
-            u = u - v
+        u, v = (u - v if joined == 0 else u), (v - u if joined == 1 else v)
         rows.append(torch.stack([torch.dot(u, u), torch.dot(v, v), torch.dot(u, v)]))
     return torch.stack(rows).sum(dim=0)
 

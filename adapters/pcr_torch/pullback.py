@@ -49,7 +49,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 def total_dtype(parameter: Tensor) -> torch.dtype:
     """Totals of half-precision parameters are summed in float32."""
-    return torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.dtype if parameter.dtype.itemsize >= 4 else torch.float32
 
 
 def per_response(

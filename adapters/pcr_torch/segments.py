@@ -120,7 +120,8 @@ def segments_around(output: Tensor, leaves: Set[int]) -> tuple[Segment, ...] | N
             start, uses = _roots_below(node), [uses[0][:count], uses[0][count:]]
         uses[-1] += step.uses
         reached |= mine
-        if not step.separates:
+        # another stream is taken through its last node by hand
+        if not step.separates or len(cast(Any, step.node)._input_metadata) > 1 or hasattr(step.node, "_forward_cls"):
             continue
         if reached:
             found.append(Segment(start, step.node))
@@ -196,26 +197,24 @@ def back_for(
     Returns:
         The gradients of the segment's `tensors`, and, where the stream goes `onward`, those at the next one's roots.
     """
-    roots: Any = output if segment.roots is None else segment.roots
-    edges = _roots_below(segment.last) if onward and segment.last is not None else ()
-    wanted = list(dict.fromkeys(edges))
-    if not wanted and not segment.tensors:
+    last = segment.last if onward else None
+    sought: Any = list(segment.tensors) if last is None else [*segment.tensors, GradientEdge(last, 0)]
+    if not sought:
         return [], []
-    arrived: list[Sequence[Tensor | None]] = []
-    # what autograd captures at an edge has been through the hooks of a tensor there, which run again further down
-    hooks = [segment.last.register_hook(lambda found, _: arrived.append(found))] if segment.last and wanted else []
-    sought: Any = [*segment.tensors, *wanted]
-    try:
-        found = torch.autograd.grad(roots, sought, list(gradients), retain_graph=True, allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    below: list[Tensor] = []
-    if wanted:
-        assert segment.last is not None
-        pairs = zip(arrived[0], segment.last.next_functions, strict=True)
-        below = [_or_zeros(g, edge) for g, edge in pairs if edge[0] is not None]
+    roots: Any = output if segment.roots is None else segment.roots
+    found = torch.autograd.grad(roots, sought, list(gradients), retain_graph=True, allow_unused=True)
+    below = [] if last is None else _through_node(last, found[-1])
     return list(found[: len(segment.tensors)]), below
+
+
+def _through_node(node: Node, gradient: Tensor | None) -> list[Tensor]:
+    """What a node with one output hands on, by its edges that lead on, as autograd does but for hooks on its inputs."""
+    if gradient is None:
+        handed: Sequence[Tensor | None] = [None] * len(node.next_functions)
+    else:
+        given = cast(Any, node)(gradient)
+        handed = given if isinstance(given, tuple) else (given,)
+    return [_or_zeros(g, edge) for g, edge in zip(handed, node.next_functions, strict=True) if edge[0] is not None]
 
 
 def ends(segment: Segment, output: Tensor, leaves: Collection[int]) -> frozenset[Node]:
@@ -262,10 +261,12 @@ def _accumulate(use: Use) -> Callable[[Sequence[Tensor | None], Sequence[Tensor 
 
 
 def _or_zeros(gradient: Tensor | None, edge: tuple[Node | None, int]) -> Tensor:
-    if gradient is not None:
-        return gradient
     into = cast(Any, edge[0])._input_metadata[edge[1]]
-    return torch.zeros(into.shape, dtype=into.dtype, device=into.device)
+    if gradient is None:
+        return torch.zeros(into.shape, dtype=into.dtype, device=into.device)
+    if gradient.shape != into.shape:
+        gradient = gradient.sum_to_size(tuple(into.shape))
+    return gradient if gradient.dtype == into.dtype else gradient.to(into.dtype)
 
 
 @dataclass(frozen=True)
