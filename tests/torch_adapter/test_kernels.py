@@ -135,7 +135,9 @@ def test_tiles_of_any_form(form: tuple[int, ...], transposed: bool) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "exponents", [(0, -25, -25), (0, 18, 18), (18, -25, -30), (-12, 30, 18), (0, -25, 18), (-18, 18, 0)], ids=str
+    "exponents",
+    [(0, -25, -25), (0, 18, 18), (18, -25, -30), (-12, 30, 18), (0, -25, 18), (-18, 18, 0), (-10, 37, -25)],
+    ids=str,
 )
 def test_numbers_of_any_size_keep_their_products(way: str, exponents: tuple[int, int, int]) -> None:
     """Their squares leave float32."""
@@ -419,7 +421,14 @@ def test_as_many_operators_whatever_the_batch_and_none_that_waits(by_gram: bool,
     assert counts.pop() <= 110
 
 
-def test_what_is_chosen_is_told() -> None:
+def test_what_is_chosen_is_told_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    choice._log_once.cache_clear()
+    x, dys = problem([0, 1], 3, 4, 1)
+    with caplog.at_level("INFO", logger="pcr_torch"):
+        for _ in range(2):
+            weight_products(x, dys, Layout.even(2, 1, [[0, 1]], DEVICE), transposed=False)
+    assert len(caplog.messages) == 1
+    assert chosen(x.device) in caplog.text
     assert chosen(torch.device("cpu")) == "plain torch (Triton kernels are for CUDA, not cpu)"
     assert "plain torch" in chosen(torch.device("xpu"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -16,6 +17,7 @@ from pcr_torch.kernels.layout import Layout
 from pcr_torch.products import Products
 from pcr_torch.pullback import PAIRS, wide_dtype
 
+_log = logging.getLogger("pcr_torch")
 FUSED = (torch.float16, torch.bfloat16, torch.float32)
 _SMALLEST = 1 << 17  # elements of a weight; below, too few programs run to fill a device
 
@@ -29,6 +31,11 @@ def chosen(device: torch.device) -> str:
     """What measures a device's gradients, for logs and reports: "triton", or "plain torch (why not triton)"."""
     why = _why_not(device)
     return "triton" if why is None else f"plain torch ({why})"
+
+
+@cache
+def _log_once(device: torch.device) -> None:
+    _log.info("products of gradients on %s are formed by %s", device, chosen(device))
 
 
 def weight_products(
@@ -67,6 +74,7 @@ def weight_products(
         >>> found.totals, found.response.tolist(), found.stratum.tolist()
         ([tensor([[3., 2.]])], [[9.0, 4.0]], [[13.0]])
     """
+    _log_once(x.device)
     x, *gradients = _rows([x.detach(), *dys])
     n, outputs = layout.responses, gradients[0].shape[1]
     shape = (x.shape[1], outputs) if transposed else (outputs, x.shape[1])

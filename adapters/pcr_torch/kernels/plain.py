@@ -19,6 +19,7 @@ WORKSPACE = 1 << 27  # elements of explicit gradients held at once
 # multiply-adds that a pass over one element of an explicit gradient is worth, from an H100's ratio of the two
 _PASS = {torch.float16: 1024, torch.bfloat16: 1024}
 _PASS_FLOAT32 = 64
+_EXPONENT = 0x7F800000  # bits of a float32
 
 
 def weight_products(
@@ -116,18 +117,19 @@ def _summed(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _near_one(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Each by the power of two next to its largest number, and these, (tensors,); by 1 where that is 0 or not finite.
+    """Each by the power of two next to its largest number, exactly, and these, (tensors,); by 1 if that is not finite.
 
-    Numbers of float16 are near enough to one, and would lose digits.
+    Numbers of float16 are near enough to one, and would lose digits; those of float64 have room.
     """
-    dtype, wide = _single(tensors[0].dtype), wide_dtype(tensors[0].device)
-    if tensors[0].dtype == torch.float16:
-        return list(tensors), torch.ones(len(tensors), dtype=wide, device=tensors[0].device)
-    largest = torch.stack(torch._foreach_norm(list(tensors), ord=float("inf"))).to(dtype)
-    usable = torch.isfinite(largest) & (largest > 0)
-    scales = torch.ldexp(torch.ones_like(largest), torch.frexp(torch.where(usable, largest, 1.0))[1])
-    near = [(t / scale).to(t.dtype) for t, scale in zip(tensors, scales.unbind(), strict=True)]
-    return near, scales.to(wide)
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if dtype in (torch.float16, torch.float64):
+        return list(tensors), torch.ones(len(tensors), dtype=wide_dtype(device), device=device)
+    largest = torch.stack(torch._foreach_norm(list(tensors), ord=float("inf"))).float()
+    # the number without its fraction; no less than the least that is not denormal
+    power = (largest.view(torch.int32) & _EXPONENT).clamp(min=1 << 23).view(torch.float32)
+    scales = torch.where(largest.isfinite(), power, 1.0)
+    near = [(t / scale).to(dtype) for t, scale in zip(tensors, scales.unbind(), strict=True)]
+    return near, scales.to(wide_dtype(device))
 
 
 def _scaled_back(totals: list[Tensor], products: Tensor, scales: Tensor) -> tuple[list[Tensor], Tensor]:
