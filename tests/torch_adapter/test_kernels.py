@@ -23,8 +23,10 @@ from test_cases import Routed, Small
 from test_pullback import assert_gradients_close, assert_statistics_close, pull
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from pcr_torch import kernels, update
+import pcr_core
+from pcr_torch import PCR, kernels, update
 from pcr_torch.kernels import (
     Layout,
     choice,
@@ -419,6 +421,29 @@ def test_as_many_operators_whatever_the_batch_and_none_that_waits(by_gram: bool,
         counts.add(len(dispatched.names))
     assert len(counts) == 1
     assert counts.pop() <= 110
+
+
+def test_layers_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A micro-batch waits as often whatever the number of layers."""
+    monkeypatch.setattr(kernels, "serve", lambda _: True)
+    waits = []
+    for layers in (2, 5):
+        config = LlamaConfig(
+            vocab_size=31,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+        data = batch()
+        method = PCR(model := LlamaForCausalLM(config), norms="fast", rule=pcr_core.PCR(alpha="snr"))
+        logp = data.logp(model)
+        objective = data.objective(logp)
+        with Dispatched() as dispatched:
+            method.accumulate(logp, objective, group_ids=data.group_ids)
+        waits.append(dispatched.waits)
+    assert waits[0] == waits[1]
 
 
 def test_what_is_chosen_is_told_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
