@@ -25,13 +25,15 @@ def check_parameters(model: nn.Module, blocks: Mapping[str, nn.Parameter], *, fa
 
 
 def _refuse_hooked(model: nn.Module, blocks: Mapping[str, nn.Parameter], fast: bool) -> None:
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad and getattr(parameter, "_post_accumulate_grad_hooks", None):
+            name = next(name for name, p in model.named_parameters() if p is parameter)
             raise ValueError(
                 f"{name} has a post-accumulate-grad hook, which would run before its gradient is resolved "
                 "(optimizers that step within the backward pass register such); step after resolve() instead"
             )
-        if fast and name in blocks and parameter._backward_hooks:
+    for name, parameter in blocks.items():
+        if fast and parameter._backward_hooks:
             raise ValueError(
                 f"{name} is in a block and has a hook on its gradient, which the fast path does not run; use "
                 "norms='loop' (it runs for every response and stream), or change .grad after resolve()"

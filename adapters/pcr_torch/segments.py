@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -32,10 +32,7 @@ class Use:
 
     node: Node
     k: int
-
-    @property
-    def leaf(self) -> Tensor:
-        return cast(Tensor, cast(Any, self.node.next_functions[self.k][0]).variable)
+    leaf: Tensor
 
 
 @dataclass(frozen=True)
@@ -93,40 +90,45 @@ def segments(output: Tensor) -> tuple[Segment, ...]:
     return _with_uses(found, uses) or whole()
 
 
+_PARTS = 4  # of the graph below the first
+
+
 def segments_around(output: Tensor, leaves: Set[int]) -> tuple[Segment, ...] | None:
     """Segments for gradients of `leaves` (ids of tensors) alone.
 
     None where a stream's gradients of these alone cannot be had: hooks on gradients of modules, several devices, a leaf
     that several segments use, or that may hide in a function that keeps its graph to itself.
 
-    The first, where it has none of them, is the longest such in which rows of tokens are apart, with `below`; each of
-    the others but the last, which holds what is below the lowest of them, has some.
+    The first, where it has none of them, is the longest such in which rows of tokens are apart, with `below`; the
+    others, a few, have about as many of them each. A backward pass through a segment looks at all of the graph below.
     """
     found: list[Segment] = []
     uses: list[list[Use]] = [[]]
     rows = Rows(output)
     start: tuple[GradientEdge, ...] | None = None
     top: tuple[Node, tuple[Tensor, ...], int] | None = None  # where a first segment could end
-    reached = opaque = False
+    reached, opaque = 0, False
     for step in _in_order(output):
         if step is None:
             return None
-        opaque |= hasattr(step.node, "_forward_cls") and not is_probe(step.node)
-        rows.take(step.node)
-        mine = any(id(use.leaf) in leaves for use in step.uses)
+        python = hasattr(step.node, "_forward_cls")
+        opaque |= python and not is_probe(step.node)
+        if not found:
+            rows.take(step.node)
+        mine = sum(id(use.leaf) in leaves for use in step.uses)
         if mine and top is not None and not found:
             node, at_roots, count = top
             found.append(Segment(None, node, below=at_roots))
             start, uses = _roots_below(node), [uses[0][:count], uses[0][count:]]
         uses[-1] += step.uses
-        reached |= mine
+        reached += mine
         # another stream is taken through its last node by hand
-        if not step.separates or len(cast(Any, step.node)._input_metadata) > 1 or hasattr(step.node, "_forward_cls"):
+        if not step.separates or python or len(cast(Any, step.node)._input_metadata) > 1:
             continue
-        if reached:
+        if reached * _PARTS >= len(leaves):
             found.append(Segment(start, step.node))
-            start, uses, reached = _roots_below(step.node), [*uses, []], False
-        elif not found and (below := rows.below(step.node)) is not None:
+            start, uses, reached = _roots_below(step.node), [*uses, []], 0
+        elif not found and not reached and (below := rows.below(step.node)) is not None:
             top = step.node, below, len(uses[0])
     found.append(Segment(start, None))
     chain = _with_uses(found, uses, leaves)
@@ -269,8 +271,18 @@ def _or_zeros(gradient: Tensor | None, edge: tuple[Node | None, int]) -> Tensor:
     return gradient if gradient.dtype == into.dtype else gradient.to(into.dtype)
 
 
-@dataclass(frozen=True)
-class _Step:
+_MOVING = ("ToCopy", "Copy")  # operations that may take a tensor to another device
+
+
+def _metadata_around(node: Any) -> Iterator[Any]:
+    """Of the gradients that come to a node, and of those that it gives."""
+    yield from node._input_metadata
+    for after, k in node.next_functions:
+        if after is not None and not is_leaf(after):
+            yield after._input_metadata[k]
+
+
+class _Step(NamedTuple):
     """A node in the order of a backward pass.
 
     Attributes:
@@ -281,7 +293,7 @@ class _Step:
 
     node: Node
     separates: bool
-    uses: tuple[Use, ...]
+    uses: list[Use]
 
 
 def _in_order(output: Tensor) -> Iterator[_Step | None]:
@@ -292,22 +304,28 @@ def _in_order(output: Tensor) -> Iterator[_Step | None]:
         node = heapq.heappop(waiting)[2]
         # one device runs its nodes latest first; several run theirs side by side. Hooks on a module's gradients sit in
         # nodes of their own, which change what passes only when a pass goes on beyond them
-        elsewhere = any(into.device != output.device for into in cast(Any, node)._input_metadata)
-        if elsewhere or node.name() == "BackwardHookFunctionBackward":
+        name = node.name()
+        moves = hasattr(node, "_forward_cls") or name.startswith(_MOVING)
+        if moves and any(into.device != output.device for into in _metadata_around(node)):
             yield None
             return
+        if name == "BackwardHookFunctionBackward":
+            yield None
+            return
+        number = node._sequence_nr()
         separates = not waiting
         uses: list[Use] = []
         for k, (after, _) in enumerate(node.next_functions):
             if after is None:
                 continue
             if is_leaf(after):
-                uses.append(Use(node, k))
+                uses.append(Use(node, k, cast(Any, after).variable))
                 separates = False
-            elif after._sequence_nr() >= node._sequence_nr():
-                yield None
-                return
             elif after not in seen:
+                later = after._sequence_nr()
+                if later >= number:
+                    yield None
+                    return
                 seen.add(after)
-                heapq.heappush(waiting, (-after._sequence_nr(), len(seen), after))
-        yield _Step(node, separates and bool(waiting), tuple(uses))
+                heapq.heappush(waiting, (-later, len(seen), after))
+        yield _Step(node, separates and bool(waiting), uses)
