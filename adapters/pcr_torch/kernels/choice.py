@@ -83,10 +83,7 @@ def weight_products(
     fused = chosen(x.device) == "triton" and x.shape[1] * outputs >= _SMALLEST if way is None else way == "triton"
     if fused and x.dtype in FUSED and all(total.is_contiguous() for total in into or ()):
         totals = [x.new_empty(shape, dtype=torch.float32) for _ in dys] if into is None else list(into)
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            products = _kernels().weight_products(
-                x, gradients, layout, totals, transposed=transposed, add=into is not None
-            )
+        products = _kernels().weight_products(x, gradients, layout, totals, transposed=transposed, add=into is not None)
         return Products(totals, products[:, :n], products[:, n:])
     found, products = plain.weight_products(x, gradients, layout, transposed=transposed, workspace=workspace)
     return Products(_added(found, into), products[:, :n], products[:, n:])

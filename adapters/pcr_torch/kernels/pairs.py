@@ -34,10 +34,9 @@ def pair_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor], *, joined
     found: dict[int, Tensor] = {}
     for at, fused in _alike(firsts, seconds):
         p, s = ([each[k].detach() for k in at] for each in (firsts, seconds))
-        products = None
-        if fused:
-            with torch.cuda.device_of(p[0]):  # Triton launches on the current device
-                products = _kernels().pair_products(p, s, joined=joined)
+        products: Tensor | None = _kernels().pair_products(p, s, joined=joined) if fused else None
+        if products is not None and len(at) == len(firsts):
+            return products
         for n, k in enumerate(at):
             found[k] = _wide_products(p[n], s[n], joined) if products is None else products[n]
     return torch.stack([found[k] for k in range(len(firsts))])
@@ -72,8 +71,9 @@ def combine(
         if fused:
             out, p, s = ([each[k] for k in at] for each in (outs, firsts, seconds))
             mine = weights if len(at) == len(outs) else torch.stack([weights[:, k] for k in at], dim=1)
-            with torch.cuda.device_of(p[0]):
-                found = _kernels().combine(out, p, s, mine, [adds[k] for k in at])
+            found: Tensor = _kernels().combine(out, p, s, mine, [adds[k] for k in at])
+            if len(at) == len(outs):
+                return found
             for n, k in enumerate(at):
                 broken[k] = found[n]
         else:

@@ -123,18 +123,19 @@ def pair_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor], *, joined
     programs = -(-sizes // (_BLOCK * _BLOCKS))
     table, aligned = _table([firsts, seconds], sizes, programs, [], device)
     found = torch.empty((int(programs.sum()), 3), dtype=torch.float64, device=device)
-    _products[(len(found),)](
-        table,
-        found,
-        len(sizes),
-        FIRST=DTYPES[firsts[0].dtype],
-        SECOND=DTYPES[seconds[0].dtype],
-        JOINED=2 if joined is None else joined,
-        ALIGNED=aligned,
-        BLOCK=_BLOCK,
-        BLOCKS=_BLOCKS,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(table):  # a launch goes to the current device
+        _products[(len(found),)](
+            table,
+            found,
+            len(sizes),
+            FIRST=DTYPES[firsts[0].dtype],
+            SECOND=DTYPES[seconds[0].dtype],
+            JOINED=2 if joined is None else joined,
+            ALIGNED=aligned,
+            BLOCK=_BLOCK,
+            BLOCKS=_BLOCKS,
+            num_warps=_WARPS,
+        )
     lengths = torch.from_numpy(programs).to(device, non_blocking=True)
     return torch.segment_reduce(found, "sum", lengths=lengths, unsafe=True)
 
@@ -163,19 +164,20 @@ def combine(
     more = [[t.data_ptr() for t in outs], list(map(int, adds))]
     table, aligned = _table([firsts, seconds], sizes, programs, more, device)
     broken = torch.zeros(len(sizes), dtype=torch.int32, device=device)
-    _combine[(int(programs.sum()),)](
-        table,
-        weights.float().contiguous(),
-        broken,
-        len(sizes),
-        FIRST=DTYPES[firsts[0].dtype],
-        SECOND=DTYPES[seconds[0].dtype],
-        OUT=DTYPES[outs[0].dtype],
-        ALIGNED=aligned and all(at % _ALIGNED == 0 for at in more[0]),
-        BLOCK=_BLOCK,
-        BLOCKS=_BLOCKS,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(table):  # a launch goes to the current device
+        _combine[(int(programs.sum()),)](
+            table,
+            weights.float().contiguous(),
+            broken,
+            len(sizes),
+            FIRST=DTYPES[firsts[0].dtype],
+            SECOND=DTYPES[seconds[0].dtype],
+            OUT=DTYPES[outs[0].dtype],
+            ALIGNED=aligned and all(at % _ALIGNED == 0 for at in more[0]),
+            BLOCK=_BLOCK,
+            BLOCKS=_BLOCKS,
+            num_warps=_WARPS,
+        )
     return broken != 0
 
 
