@@ -69,6 +69,10 @@ class _Place:
     above: tuple[tuple[str, str], ...] = ()  # of those above the layer
 
 
+class FrozenBlocks(ValueError):
+    """Everything that was chosen is frozen."""
+
+
 def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granularity = "tensor") -> tuple[Block, ...]:
     """Blocks of a model's trainable parameters.
 
@@ -103,7 +107,7 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
         key = label if isinstance(label, str) else _block_name(name, place, granularity)
         chosen.setdefault(key, []).append((name, place))
     if not chosen:
-        raise ValueError(_nothing(model, blocks, frozen))
+        raise (FrozenBlocks if frozen else ValueError)(_nothing(model, blocks, frozen))
     return tuple(_block(key, members) for key, members in chosen.items())
 
 

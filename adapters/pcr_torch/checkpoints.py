@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.tensor import DTensor
 
 from pcr_torch import weights
+from pcr_torch.carried_state import state_of
 from pcr_train import checksums
 
 _log = logging.getLogger("pcr_torch")
@@ -30,7 +31,7 @@ def save(trainer: Any, folder: str) -> None:
     """A collective call on several processes."""
     settings = _settings(trainer)
     state = {
-        "method": _whole(trainer.method.state_dict()),
+        "method": _whole(state_of(trainer.method, trainer._selection)),
         "step": trainer._step,
         "settings": settings,
         "weights": weights.digests(trainer.model),

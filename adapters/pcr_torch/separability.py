@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 NEITHER = "PCR resolves the gradients of a reward and a KL term of one forward pass; what belongs to neither is refused"
@@ -54,6 +55,16 @@ def refuse_config(config: Any) -> None:
                 f"per_device_train_batch_size: {batch} cuts groups of num_generations={group} into single responses, "
                 "and the variance is estimated within the groups of a micro-batch; use a multiple of num_generations "
                 "(or a divisor >= 2), or strata='batch'"
+            )
+
+
+def refuse_frozen_within(model: Any, before: Sequence[bool], now: Sequence[bool]) -> None:
+    """ValueError for a layer that was frozen between two micro-batches of a step."""
+    for (name, _), trained, trains in zip(model.named_parameters(), before, now, strict=True):
+        if trained and not trains:
+            raise ValueError(
+                f"{name} was frozen between the micro-batches of a step, whose gradients are not resolved yet; freeze "
+                "and unfreeze layers between optimizer steps (on_step_begin or on_step_end of a callback)"
             )
 
 

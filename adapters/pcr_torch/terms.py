@@ -20,6 +20,13 @@ def leaves(loss: Tensor) -> list[Tensor]:
     return [cast(Any, node).variable for node in _order(loss.grad_fn) if is_leaf(node)]
 
 
+def is_reentrant(root: Tensor) -> bool:
+    """Whether a reentrant checkpoint hides a part of its graph."""
+    return root.grad_fn is not None and any(
+        node.name() == "CheckpointFunctionBackward" for node in _order(root.grad_fn)
+    )
+
+
 def all_tagged(loss: Tensor, carrier: Tensor, tags: Collection[Tensor]) -> bool:
     """Whether every term of `loss` that depends on `carrier` depends on a tag as well.
 

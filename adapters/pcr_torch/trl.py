@@ -20,15 +20,16 @@ from torch import Tensor
 
 from pcr_core.statistics import Strata
 from pcr_torch import checkpoints
-from pcr_torch.blocks import Granularity, select_blocks
+from pcr_torch.blocks import FrozenBlocks, Granularity, select_blocks
+from pcr_torch.carried_state import carry, state_of
 from pcr_torch.groups import Text, owners, shuffle_groups, texts, texts_of
 from pcr_torch.lent_batch import lent
 from pcr_torch.method import PCR, Norms
 from pcr_torch.pullback import total_dtype
 from pcr_torch.report import Report
-from pcr_torch.separability import refuse_config, refuse_trainer
+from pcr_torch.separability import refuse_config, refuse_frozen_within, refuse_trainer
 from pcr_torch.shared_forward import Ones, SharedForward
-from pcr_torch.terms import leaves
+from pcr_torch.terms import is_reentrant, leaves
 
 try:
     import trl.trainer.grpo_trainer as stock
@@ -73,6 +74,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             raise TypeError(f"args: expected a pcr_torch.trl.PCRConfig (with beta > 0), got {type(config).__name__}")
         config.check()  # options may be set after a config was made
         refuse_config(config)
+        _without_reentrant(config)
         self._sampler: Any = None  # of prompts, in training; None for a stream of them
         self._shared: SharedForward | None = None  # while a loss is evaluated
         self._pending: tuple[SharedForward, tuple[list[Text], list[int]]] | None = None  # until its backward pass
@@ -86,11 +88,20 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         self.method: PCR | None = None
         self._bound: Any = None
         self._trained: tuple[bool, ...] = ()
-        if self.accelerator.distributed_type == DistributedType.NO:
-            self._bind(self.model)
-            self._release()  # it was made to be told early what cannot be
-        else:  # the accelerator wraps the model, or replaces its parameters, when training starts
-            select_blocks(self.model, config.blocks, cast(Granularity, config.granularity))
+        self._late = False  # whether layers were unfrozen within a step
+        self._resumed: dict[str, Any] | None = None  # of a checkpoint, until the first step
+        self._plain = False  # whether all blocks are frozen for the time being
+        try:
+            if self.accelerator.distributed_type == DistributedType.NO:
+                self._bind(self.model)
+                self._release()  # it was made to be told early what cannot be
+            else:  # the accelerator wraps the model, or replaces its parameters, when training starts
+                select_blocks(self.model, config.blocks, cast(Granularity, config.granularity))
+        except FrozenBlocks as error:
+            raise ValueError(
+                f"{error}. To unfreeze layers in turns, freeze them once training has begun, such as in a callback's "
+                "on_train_begin: until one of the blocks is trained, what is trained takes the plain sum"
+            ) from error
         self.last_report: Report | None = None
         for name in ("training_step", "compute_loss"):  # the most derived class's
             setattr(self, name, self._only_while_training(name, getattr(self, name)))
@@ -133,13 +144,13 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             self.method.remove()
 
     def _bind(self, model: Any) -> PCR:
-        """PCR of the prepared model; a new one, with the old one's state, where another was bound."""
+        """PCR of the prepared model; a new one, with what is known of its blocks, where another was bound."""
         if self.method is not None and self._bound is model:
             return self.method
-        config, state = self.args, None
+        config, state = self.args, self._resumed
         if self.method is not None:
             self._release()
-            state = self.method.state_dict()
+            state = state or state_of(self.method, self._selection)
         self._bound, self._trained = model, _trained(model)
         self.method = PCR(
             model,
@@ -151,21 +162,35 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             noise_every=config.noise_every,
             every=config.every,
         )
-        if state is not None and state["blocks"] == [block.name for block in self.method.blocks]:
-            self.method.load_state_dict(state)
-        elif state is not None and (state["prior"] is not None or state["last"] is not None):
-            _log.warning(
-                "blocks: other parameters are trained than before, so what was measured until now is forgotten"
-            )
+        if state is not None:
+            carry(state, self.method, self._selection)
         return self.method
+
+    @property
+    def _selection(self) -> tuple[str, str]:
+        return self.args.blocks, self.args.granularity
 
     def _follow_frozen(self) -> None:
         """Bind again where layers were frozen or trained in turns since the last step."""
-        if self._bound is None or self.method is None or self.method.accumulated:
+        if self._bound is None:
             return
-        if self._trained != _trained(self._bound):
-            bound, self._bound = self._bound, None
-            self._bind(bound)
+        before, now = self._trained, _trained(self._bound)
+        if self._accumulated:
+            if before != now:
+                refuse_frozen_within(self._bound, before, now)
+                _log.warning(
+                    "layers were unfrozen between the micro-batches of a step: their gradients of this step are the "
+                    "plain sum, and their blocks begin with the next one"
+                )
+                self._trained, self._late = now, True
+        elif before != now or self._late:
+            bound, self._bound, self._late = self._bound, None, False
+            try:
+                self._bind(bound)
+                self._plain = False
+            except FrozenBlocks as error:
+                self._plain, self._bound, self._trained = True, bound, now
+                _log.warning("%s. Until then what is trained takes the plain sum, without pcr/ metrics", error)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -286,10 +311,18 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             rows = {"prompt_ids": ids[:, :-kept], "prompt_mask": mask[:, :-kept], "completion_ids": ids[:, -kept:]}
             rows["pixel_values"] = request.get("pixel_values")
             group_ids = self._with_groups(rows, *carried)[_GROUP_IDS]
-            self.method.accumulate_cotangents(
-                streams.cut.logp, streams.plasticity, streams.stability, group_ids=group_ids
-            )
-            self._accumulated = True
+            logp, plasticity, stability = streams.cut.logp, streams.plasticity, streams.stability
+            if self.args.norms != "fast" and is_reentrant(logp):
+                raise ValueError(
+                    "model: a reentrant checkpoint (torch.utils.checkpoint with use_reentrant=True) hides which "
+                    "response a row of an activation belongs to; set use_reentrant=False, or norms='fast' if "
+                    "activations are (responses, tokens, features) throughout"
+                )
+            if self._plain:
+                torch.autograd.backward(logp, plasticity + stability)
+            else:
+                self.method.accumulate_cotangents(logp, plasticity, stability, group_ids=group_ids)
+            self._accumulated, self._resumed = True, None
         elif self.accelerator.num_processes > 1:
             raise ValueError(
                 "loss: it does not depend on the model, and on several processes all take part in a step; return 0 * "
@@ -297,7 +330,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             )
         if self.accelerator.sync_gradients and self._accumulated:
             self._accumulated = False
-            self._resolve(self.method)
+            if not self._plain:
+                self._resolve(self.method)
 
     def _backward_of_another(self, loss: Tensor, **kwargs: Any) -> None:
         """Of a loss that another model is trained with, such as a critic."""
@@ -357,8 +391,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = checkpoints.load(self, checkpoint)
-            self._bind(self.model_wrapped).load_state_dict(state)
+            self._resumed = checkpoints.load(self, checkpoint)
+            carry(self._resumed, self._bind(self.model_wrapped), self._selection)
 
 
 def _carried(batch: dict[str, Any]) -> tuple[list[Text], list[int]]:
@@ -367,6 +401,18 @@ def _carried(batch: dict[str, Any]) -> tuple[list[Text], list[int]]:
     if known is None or ids is None or len(known) != len(ids):
         return [], []
     return [(prompt, response) for prompt, response in known.tolist()], ids.tolist()
+
+
+def _without_reentrant(config: PCRConfig) -> None:
+    """Reentrant checkpointing hides which response a row belongs to; the other kind has the same gradients."""
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        options = getattr(config, name, None) or {}
+        if options.get("use_reentrant"):
+            setattr(config, name, {**options, "use_reentrant": False})
+            _log.warning(
+                "%s: use_reentrant=True hides which response a row of an activation belongs to; taking False, which "
+                "has the same gradients", name,
+            )  # fmt: skip
 
 
 def _state(model: Any) -> list[Any]:
