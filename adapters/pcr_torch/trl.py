@@ -312,11 +312,11 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             rows["pixel_values"] = request.get("pixel_values")
             group_ids = self._with_groups(rows, *carried)[_GROUP_IDS]
             logp, plasticity, stability = streams.cut.logp, streams.plasticity, streams.stability
-            if self.args.norms != "fast" and is_reentrant(logp):
+            if self.args.norms != "fast" and self.args.noise_every != 0 and is_reentrant(logp):
                 raise ValueError(
                     "model: a reentrant checkpoint (torch.utils.checkpoint with use_reentrant=True) hides which "
-                    "response a row of an activation belongs to; set use_reentrant=False, or norms='fast' if "
-                    "activations are (responses, tokens, features) throughout"
+                    "response a row of an activation belongs to; set use_reentrant=False, norms='fast' if "
+                    "activations are (responses, tokens, features) throughout, or noise_every=0 to do without"
                 )
             if self._plain:
                 torch.autograd.backward(logp, plasticity + stability)

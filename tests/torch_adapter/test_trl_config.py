@@ -48,8 +48,10 @@ def by_file(options: dict[str, Any], folder: Path) -> PCRConfig:
 @pytest.mark.parametrize("way", [by_dict, by_command_line, by_file])
 @pytest.mark.parametrize("truth", ["false", "true", "False", "True"])
 def test_text_of_files_and_command_lines_is_read(way: Callable[..., PCRConfig], truth: str, tmp_path: Path) -> None:
-    options = {"beta": "0.04", "rule": "pcr", "alpha": "0.25", "max_boost": "3", "every": "2", "log_layers": truth}
-    made = way(options | {"prior": "temporal", "discount": "0.5"}, tmp_path)
+    options = {"beta": "0.04", "noise_every": "5", "rule": "pcr", "alpha": "0.25", "max_boost": "3", "every": "2", "log_layers": truth}
+    assert way(options, tmp_path).noise_every == 5
+    options |= {"noise_every": "1", "prior": "temporal", "discount": "0.5"}
+    made = way(options, tmp_path)
     assert (made.beta, made.max_boost, made.every, made.discount) == (0.04, 3.0, 2, 0.5)
     assert made.log_layers is (truth.lower() == "true")
     assert made.make_rule() == pcr_core.PCR(alpha=0.25, max_boost=3.0, prior=pcr_core.TemporalPrior(0.5))
@@ -80,6 +82,7 @@ WRONG: dict[str, list[Any]] = {
     "strata": [None, True, "", "prompt"],
     "norms": [None, True, "", "slow"],
     "every": [True, False, None, 0, -1, 1.5, "1.5", "", math.nan, math.inf, [2]],
+    "noise_every": [True, False, -1, 1.5, "1.5", "", "never", math.nan, math.inf, [2]],
     "log_layers": [None, "", "maybe", 2, 1, 0.0, [True]],
 }
 
