@@ -336,9 +336,13 @@ def make_rule(name: str, *, prior: str = "flat", discount: float | None = None, 
 def _of_your_own(place: str) -> Any:
     module, _, name = place.partition(":")
     try:
-        maker = getattr(importlib.import_module(module), name)
-    except AttributeError as error:
-        raise ValueError(f"rule: {module} has no {name!r}") from error
+        imported = importlib.import_module(module)
+    except Exception as error:  # whatever a module raises while it is imported
+        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ImportError(f"rule: {module} cannot be imported: {what}") from error
+    maker = getattr(imported, name, None)
+    if maker is None:
+        raise ValueError(f"rule: {module} has no {name!r}")
     if not (isinstance(maker, type) and is_dataclass(maker)):
         raise ValueError(f"rule: {place} is not a dataclass, as a rule of your own has to be")
     return maker

@@ -58,6 +58,23 @@ Results in the run's folder:
   checkpoint-N    the model, and all that --resume needs
 
 Ctrl-C finishes the current step, saves, and prints how to resume; a second one stops at once.
+
+\b
+What --resume may say; a refusal is one line and exit code 2:
+  was not written to its end
+      killed while it saved: kept as unfinished-checkpoint-N; the run goes on
+      from the one before, or begins at its first step if there is none
+  is damaged, is missing
+      a file is not what was written: kept as damaged-checkpoint-N; the run
+      goes on from the one before, or stops where none is whole
+  reference model
+      the model that the KL divergence is measured to was changed since
+  weights are not those
+      the model does not take up what was saved
+  another run is going on
+      two runs would write one folder; a run that was killed frees it
+  differs from the run
+      only --steps and --save-every may change
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -238,6 +255,12 @@ def _name(settings: Settings) -> str:
     return f"{model}-{settings.task}-{rule}{framework}-s{settings.seed}"
 
 
+def _by_option(message: str) -> str:
+    """What a library says of one of its arguments, under the name of the option that gave it."""
+    name, sign, rest = message.partition(":")
+    return f"--{name.replace('_', '-')}:{rest}" if sign and name in Settings.__dataclass_fields__ else message
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are one line, without a traceback."""
     try:
@@ -253,7 +276,7 @@ def main() -> None:
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("PCR_TRACEBACK"):
             raise
-        print(f"pcr-train: {error}", file=sys.stderr)
+        print(f"pcr-train: {_by_option(str(error))}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -21,6 +22,8 @@ PREPARING = ".pcr-train"
 
 _WRITTEN = ("start", "checkpoint-*", "*.json", "metrics.jsonl", "plot.png", "README.md")
 _LOCK = ".pcr-train.lock"
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_SPACE = 1 << 20
 _LOCK_SECONDS = 2.0  # a run that was just killed may still hold it
 
 
@@ -71,6 +74,21 @@ def _locked(file: Any, folder: Path, option: str) -> bool:
             f"{option}: {folder} lies on a file system that cannot keep two runs apart ({error.strerror}); give another"
         ) from error
     return True
+
+
+@contextmanager
+def told_when_full(folder: Path, option: str) -> Iterator[None]:
+    """Errors of a disk that is full, or cannot be written any more, as ValueError: each library has its own."""
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        full = shutil.disk_usage(folder).free < _SPACE and not isinstance(error, ValueError)
+        if number not in _UNWRITABLE and not full and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        why = os.strerror(number if number in _UNWRITABLE else errno.ENOSPC)
+        then = f"go on with --resume {folder}" if (folder / "settings.json").exists() else "start the run again"
+        raise ValueError(f"{option}: {folder} cannot be written: {why}; make room, and {then}") from error
 
 
 def claim(folder: Path) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from pcr_train import plots
 from pcr_train.engine import Policy, load_engine, response_limit
 from pcr_train.evaluate import Evaluation, Exam
-from pcr_train.folder import PREPARING, alone_in, claim, last_checkpoint, reclaim, step_of
+from pcr_train.folder import PREPARING, alone_in, claim, last_checkpoint, reclaim, step_of, told_when_full
 from pcr_train.meter import Meter, measure
 from pcr_train.progress import MetricsFile, StepLine, read_metrics
 from pcr_train.settings import Settings, replace_text
@@ -62,7 +62,8 @@ def train(
     """
     if resume and not (folder / "settings.json").exists():
         raise ValueError(f"--resume: {folder} holds no settings.json, so no run of pcr-train was started there")
-    with alone_in(folder, "--resume" if resume else "--out"):
+    option = "--resume" if resume else "--out"
+    with alone_in(folder, option), told_when_full(folder, option):
         return _train(settings, folder, resume=resume, console=console or Console(), plot=plot)
 
 

@@ -95,7 +95,9 @@ class Settings:
         try:
             self.make_rule()
         except ImportError as error:
-            raise ValueError(f"--rule: {module} cannot be imported: {error}") from error
+            raise ValueError(f"--{error}") from error
+        except TypeError as error:  # a rule of one's own that needs arguments
+            raise ValueError(f"--rule: {self.rule} cannot be made: {error}") from error
         if self.norms not in NORMS:
             raise ValueError(f"--norms: expected one of {', '.join(NORMS)}, got {self.norms!r}")
         if self.noise_every is not None and self.noise_every < 0:

@@ -69,7 +69,7 @@ def test_a_run_prints_the_table_and_where_the_files_are(
         (["--beta", "0"], "no stability gradient"),
         (["--rule", "magic"], "expected one of"),
         (["--rule", "grpo", "--alpha", "0.3"], "no option 'alpha'"),
-        (["--blocks", "nothing-like-this"], "blocks"),
+        (["--blocks", "nothing-like-this"], "--blocks: 'nothing-like-this' matches no"),
         (["--model", "no-such-model"], "neither smollm2 nor tiny"),
         (["--model", ""], "--model: it is empty"),
         (["--temperature", "inf"], "--temperature: expected 0.01 to 100"),
@@ -77,7 +77,7 @@ def test_a_run_prints_the_table_and_where_the_files_are(
         (["--seed", "99999999999999999999"], "--seed: expected 0 to"),
         (["--rule", ":"], "--rule: expected one of"),
         (["--discount", "0.5"], "only prior='temporal' has one"),
-        (["--out", "/dev/null"], "/dev/null"),
+        (["--out", "/dev/null"], "--out: /dev/null cannot be written: "),
         (["--blocks", ""], "an empty expression matches every parameter"),
         (["--model", "."], "config.json"),
         (["--resume", "no-such-run"], "no settings.json"),
@@ -119,11 +119,20 @@ def test_bad_options_are_told_before_a_model_is_made(
         raise AssertionError("a model was made first")
 
     monkeypatch.setattr(models, "prepare", too_late)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_rule.py").write_text("def Rule(:")
+    (tmp_path / "needy_rule.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Rule:\n    strength: float\n"
+    )
     out = ["--model", "tiny", "--out", str(tmp_path / "run")]
     for options, message in (
         (["--retention-task", "foo"], "--retention-task foo"),
         (["--threads", "0"], "--threads: expected at least 1"),
-        (["--max-boost", "nan"], "max_boost"),
+        (["--max-boost", "nan"], "--max-boost: "),
+        (["--rule", "broken_rule:Rule"], "--rule: broken_rule cannot be imported: SyntaxError"),
+        (["--rule", "no_such_module:Rule"], "--rule: no_such_module cannot be imported: No module named"),
+        (["--rule", "needy_rule:Rule"], "--rule: needy_rule:Rule cannot be made: "),
+        (["--rule", "needy_rule:Other"], "--rule: needy_rule has no 'Other'"),
         (["--rule", "grpo", "--alpha", "0.5"], "no option 'alpha'"),
     ):
         assert call(monkeypatch, *out, *options) == 2

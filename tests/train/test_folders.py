@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,13 +12,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from pcr_torch.train.engine import TorchEngine
 from pcr_train import checksums
-from pcr_train.folder import alone_in, whole_checkpoint
+from pcr_train.folder import alone_in, told_when_full, whole_checkpoint
 
 _HOLD = """
 import sys, time
@@ -53,6 +56,31 @@ def test_a_folder_that_cannot_be_written_is_named(option: str, tmp_path: Path) -
         alone_in(tmp_path / "file" / "run", option),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1 << 40),  # a quota is not seen in what is free
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), 0),  # torch
+        (ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 15: No space left on device"), 0),  # orbax
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_full_disk_is_named(error: Exception, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    for then in ("start the run again", f"go on with --resume {tmp_path}"):
+        expected = f"--out: {tmp_path} cannot be written: No space left on device; make room, and {then}"
+        with pytest.raises(ValueError, match=re.escape(expected)), told_when_full(tmp_path, "--out"):
+            raise error
+        (tmp_path / "settings.json").touch()
+
+
+def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
+    for error in (ValueError("blocks: none"), RuntimeError("shapes"), OSError(errno.ENOENT, "no such file")):
+        with pytest.raises(type(error)) as caught, told_when_full(tmp_path, "--out"):
+            raise error
+        assert caught.value is error
 
 
 def checkpoint(folder: Path, step: int) -> Path:
