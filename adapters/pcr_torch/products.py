@@ -12,6 +12,7 @@ other way round, by how the weight is stored). Two ways, chosen by a count of op
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _DOT = 1 << 11  # elements whose products float32 sums
 _GLANCE = 4  # features by which all but a few tokens with a gradient are told
 _SAFE = (1e-20, 1e30)  # of the largest response's square: what float32 loses below and above does not count
 _NEAR = (1e-8, 1e8)  # of numbers whose products, squared once more, stay in float32
+_SMALL = 1 << 16  # elements of all responses' gradients that stay in a cache: calls cost more than passes over them
 _GRAM_COST = 16  # multiply-adds that a pass over one explicit element is worth; measured on a CPU
 
 
@@ -58,6 +60,8 @@ def weight_products(
     """
     by_gram = prefers_gram(x.shape[1], x.shape[2], dys[0].shape[2], len(dys), len(strata) / x.shape[0])
     x, dys = _single(x.detach()), [_single(dy) for dy in dys]
+    if x.shape[0] * x.shape[2] * dys[0].shape[2] <= _SMALL:
+        return _at_once(x, dys, strata, transposed=transposed)
     if not by_gram:
         spans = _spans(x, dys)
         rows = [[each[span] for each, span in zip(t, spans, strict=True)] for t in (x, *dys)]
@@ -84,7 +88,8 @@ def bias_products(dys: Sequence[Tensor], strata: Sequence[Sequence[int]]) -> Pro
 def in_range(products: Callable[[tuple[Tensor, ...]], Products], dys: tuple[Tensor, ...]) -> Products:
     """`products(dys)`, of gradients scaled by powers of two where their squares would not stay in float32."""
     found = products(dys)
-    if all(_SAFE[0] < found.response[k].max() < _SAFE[1] or not dy.any() for k, dy in enumerate(dys)):
+    largest = found.response.numpy()[: len(dys)].max(axis=1)
+    if all(_SAFE[0] < square < _SAFE[1] or not dy.any() for square, dy in zip(largest, dys, strict=True)):
         return found
     scales = [_scale(dy) for dy in dys]
     found = products(tuple((dy / scale).to(dy.dtype) for dy, scale in zip(dys, scales, strict=True)))
@@ -167,6 +172,35 @@ def _spans(x: Tensor, dys: Sequence[Tensor]) -> list[slice]:
         used[idle] |= g[idle].any(axis=-1)
     first, beyond = used.argmax(axis=1), used.shape[1] - used[:, ::-1].argmax(axis=1)
     return [slice(a, b if some else a) for a, b, some in zip(first, beyond, used.any(axis=1), strict=True)]
+
+
+@np.errstate(all="ignore")
+def _at_once(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], *, transposed: bool) -> Products:
+    """All responses of a small weight in a few calls, however many they are."""
+    tokens = x.numpy()
+    gradients, sums = [], []
+    for dy in dys:
+        left, right = (tokens, dy.numpy()) if transposed else (dy.numpy(), tokens)
+        gradients.append(np.matmul(left.transpose(0, 2, 1), right))
+        sums.append(np.stack([gradients[-1][_view_of(members)].sum(axis=0) for members in strata]))
+    pairs = PAIRS[len(dys)]
+    return Products(
+        [torch.from_numpy(each.sum(axis=0)) for each in sums],
+        torch.from_numpy(np.stack([_row_dots(gradients[a], gradients[b]) for a, b in pairs])),
+        torch.from_numpy(np.stack([_row_dots(sums[a], sums[b]) for a, b in pairs])),
+    )
+
+
+def _view_of(rows: Sequence[int]) -> Any:
+    """Neighbours as a slice, which copies nothing."""
+    if len(rows) == 1 + rows[-1] - rows[0] and all(b - a == 1 for a, b in itertools.pairwise(rows)):
+        return slice(rows[0], rows[-1] + 1)
+    return rows
+
+
+def _row_dots(a: Any, b: Any) -> Any:
+    """(sets, height, width) -> (sets,), in the arrays' dtype along a row, float64 from there on."""
+    return np.vecdot(a, b).sum(axis=1, dtype=np.float64)
 
 
 @np.errstate(all="ignore")  # what is not finite stays so, and is seen by whoever resolves

@@ -50,11 +50,13 @@ class Recorder:
         # FSDP schedules its gathering by whole backward passes
         self._sharded = any(isinstance(p, DTensor) for p in parameters.values())
         self._fsdp = sharded_modules(model) if self._sharded else []
+        self._installed = False
         self.late = False  # whether no probe was in place when the last surveyed log-probabilities were computed
         self._skipped: Collection[str] = ()  # block parameters that are measured elsewhere
         self._owners: dict[str, Owners] = {}  # of the rows of each layer, where they are known
         self._layouts: dict[tuple[int, torch.Size], Layout] = {}  # on an accelerator, by the identity of owners
         self._modules: dict[str, nn.Module] = {}
+        self._transposed: set[str] = set()  # of these, those that store the weight (in, out)
         # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
         self._members: dict[str, dict[str, str]] = {}
         names = {id(p): name for name, p in parameters.items()}
@@ -64,6 +66,8 @@ class Recorder:
             mine = {at: names[id(p)] for at, p in held.items() if id(p) in names}
             if layout(module) is not None and (mine or cast(Tensor, module.weight).requires_grad):
                 self._modules[path] = module
+                if layout(module) == "in_out":
+                    self._transposed.add(path)
                 self._members[path] = mine
         found = {name for mine in self._members.values() for name in mine.values()}
         # of block parameters that no probe measures: why
@@ -75,11 +79,15 @@ class Recorder:
                 self.uncovered[name] = "it is tied"
 
     def install(self) -> None:
+        if self._installed:
+            return
+        self._installed = True
         for path, module in self._modules.items():
             if layout(module) is not None:  # else somebody has wrapped its forward meanwhile
                 install(module, self, path)
 
     def remove(self) -> None:
+        self._installed = False
         for module in self._modules.values():
             remove(module)
 
@@ -153,9 +161,9 @@ class Recorder:
 
     def _through(self, logp: Tensor, cotangents: Sequence[Tensor]) -> None:
         """The streams' backward passes, segment by segment; as one above what mixes rows, and below the blocks."""
-        chain = whole() if self._sharded else segments(logp)
-        held = [segment.leaves for segment in chain]
         ours = {id(parameter) for name, parameter in self._parameters.items() if name not in self._skipped}
+        chain = whole() if self._sharded else segments(logp, ours)
+        held = [segment.leaves for segment in chain]
         # blocks that are not seen may hide in a node that keeps its graph to itself, as reentrant checkpointing does
         hidden = not ours <= frozenset().union(*held)
         if ours and not hidden and len(cotangents) > 1:
@@ -200,7 +208,7 @@ class Recorder:
         calls in one order), the others are differentiated in either pass as autograd would.
         """
         path: str = node.path
-        transposed = layout(self._modules[path]) == "in_out"
+        transposed = path in self._transposed
         held = {} if self._pass == "off" else self._members[path]
         members = {at: name for at, name in held.items() if name not in self._skipped}
         again = self._seen_again(path)

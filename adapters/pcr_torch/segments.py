@@ -14,6 +14,7 @@ each backward pass is over the whole graph.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -58,13 +59,22 @@ class Segment:
     below: tuple[Tensor, ...] = ()
 
 
+_BETWEEN = 8  # segments with blocks, in each of which output gradients of one stream wait for the other's
+
+
 def whole() -> tuple[Segment, ...]:
     """The whole graph as one segment, of which nothing is known."""
     return (Segment(None, None),)
 
 
-def segments(output: Tensor) -> tuple[Segment, ...]:
-    """The segments of output's graph from the top; a single one, to the leaves, where it cannot be divided."""
+def segments(output: Tensor, leaves: Set[int] = frozenset()) -> tuple[Segment, ...]:
+    """The segments of output's graph from the top; a single one, to the leaves, where it cannot be divided.
+
+    Args:
+        output: with its graph.
+        leaves: ids of the tensors whose streams are told apart. With them segments are few: one in which rows are
+            apart, one below the lowest of them, and some between.
+    """
     found: list[Segment] = []
     uses: list[list[Use]] = [[]]
     rows = Rows(output)
@@ -87,10 +97,30 @@ def segments(output: Tensor) -> tuple[Segment, ...]:
             roots = _roots_below(step.node)
             uses, arriving, worth_it = [*uses, []], {}, False
     found.append(Segment(roots, None, rows=arriving if rows.apart else None))
-    return _with_uses(found, uses) or whole()
+    return _with_uses(*(_fewer(found, uses, leaves) if leaves else (found, uses))) or whole()
 
 
-_PARTS = 4  # of the graph below the first
+def _fewer(
+    chain: Sequence[Segment], uses: Sequence[Sequence[Use]], leaves: Set[int]
+) -> tuple[list[Segment], list[list[Use]]]:
+    """Neighbours as one, since a backward pass through a segment looks at all of the graph below it."""
+    lowest = max((k for k, mine in enumerate(uses) if any(id(use.leaf) in leaves for use in mine)), default=-1)
+    apart = sum(segment.rows is not None for segment in chain)  # from the top on
+    between = max(1, math.ceil((lowest + 1 - apart) / _BETWEEN))
+    ends = {apart - 1, lowest, len(chain) - 1, *range(apart + between - 1, lowest, between)}
+    found: list[Segment] = []
+    of: list[list[Use]] = []
+    start = 0
+    for end in sorted(k for k in ends if k >= 0):
+        group = chain[start : end + 1]
+        rows = None if group[-1].rows is None else {path: r for each in group for path, r in (each.rows or {}).items()}
+        found.append(Segment(group[0].roots, group[-1].last, rows=rows, below=group[-1].below))
+        of.append([use for mine in uses[start : end + 1] for use in mine])
+        start = end + 1
+    return found, of
+
+
+_PARTS = 4  # of the graph below the first segment, without noise
 
 
 def segments_around(output: Tensor, leaves: Set[int]) -> tuple[Segment, ...] | None:

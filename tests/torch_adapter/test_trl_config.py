@@ -48,7 +48,15 @@ def by_file(options: dict[str, Any], folder: Path) -> PCRConfig:
 @pytest.mark.parametrize("way", [by_dict, by_command_line, by_file])
 @pytest.mark.parametrize("truth", ["false", "true", "False", "True"])
 def test_text_of_files_and_command_lines_is_read(way: Callable[..., PCRConfig], truth: str, tmp_path: Path) -> None:
-    options = {"beta": "0.04", "noise_every": "5", "rule": "pcr", "alpha": "0.25", "max_boost": "3", "every": "2", "log_layers": truth}
+    options = {
+        "beta": "0.04",
+        "noise_every": "5",
+        "rule": "pcr",
+        "alpha": "0.25",
+        "max_boost": "3",
+        "every": "2",
+        "log_layers": truth,
+    }
     assert way(options, tmp_path).noise_every == 5
     options |= {"noise_every": "1", "prior": "temporal", "discount": "0.5"}
     made = way(options, tmp_path)
