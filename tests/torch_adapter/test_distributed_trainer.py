@@ -64,4 +64,5 @@ def test_ranks_agree(ranks: list[Any]) -> None:
     """On the statistics bit for bit, in every setting, so the logged metrics are those of all ranks."""
     for name in ranks[0]:
         one, other = (results[name]["got"]["statistics"] for results in ranks)
-        assert all(torch.equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)), name
+        for mine, theirs in ((getattr(one, f.name), getattr(other, f.name)) for f in fields(one)):
+            assert (mine is theirs is None) or torch.equal(mine, theirs), name  # noise is not measured in every step
