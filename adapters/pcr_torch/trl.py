@@ -115,11 +115,14 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         one of the output folder.
         """
         checkpoint = checkpoints.chosen(self, resume_from_checkpoint)
-        watched = self._watched(self.compute_loss)
+        watched, stepping = self._watched(self.compute_loss), self._stepping(self.training_step)
         self._training = True
         try:
             # a training step evaluates compute_loss and ends in accelerator.backward(loss), with no hook between
-            with _replaced(self, compute_loss=watched), _replaced(self.accelerator, backward=self._accumulate):
+            with (
+                _replaced(self, compute_loss=watched, training_step=stepping),
+                _replaced(self.accelerator, backward=self._accumulate),
+            ):
                 return super().train(checkpoint, *args, **kwargs)
         finally:
             self._training = False
@@ -271,8 +274,22 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             raise ValueError(
                 "inputs: the batch has no tensor 'advantages', by which the reward's term is told; keep it"
             )
-        with lent(inputs, self._shared.advantages, ()):  # a class above may have put others in their place
+        if self._shared.advantages(inputs["advantages"]) is inputs["advantages"]:
             return super()._compute_loss(model, inputs)
+        with lent(inputs, self._shared.advantages, ()):  # a class above has put others in their place
+            return super()._compute_loss(model, inputs)
+
+    def _stepping(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
+        """The most derived class's step; it may have left out the backward pass of the last micro-batch."""
+
+        def stepping(*args: Any, **kwargs: Any) -> Any:
+            loss = training_step(*args, **kwargs)
+            self._pending = None
+            if self.accelerator.sync_gradients:
+                self._finish()
+            return loss
+
+        return stepping
 
     def _watched(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         """The most derived class's loss, in training evaluated so that `_accumulate` can take it apart."""
@@ -328,10 +345,14 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
                 "loss: it does not depend on the model, and on several processes all take part in a step; return 0 * "
                 "loss to leave a micro-batch out"
             )
-        if self.accelerator.sync_gradients and self._accumulated:
-            self._accumulated = False
-            if not self._plain:
-                self._resolve(self.method)
+        if self.accelerator.sync_gradients:
+            self._finish()
+
+    def _finish(self) -> None:
+        """The gradients of a step, from all of its micro-batches."""
+        accumulated, self._accumulated = self._accumulated, False
+        if accumulated and not self._plain and self.method is not None:
+            self._resolve(self.method)
 
     def _backward_of_another(self, loss: Tensor, **kwargs: Any) -> None:
         """Of a loss that another model is trained with, such as a critic."""

@@ -228,6 +228,21 @@ def test_a_critics_step_between_the_loss_and_its_backward_pass(folder: Path, tmp
     assert both(folder, tmp_path, training_step=step)[2] <= 1e-6
 
 
+def test_backward_passes_left_out_by_a_step_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """Of the last micro-batch of a step too, which is where its gradients are resolved."""
+
+    def step(super_: Any, self: Any, model: Any, inputs: Any, *_: Any) -> Any:
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self._step += 1
+        if self._step not in (2, 3):
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+    options = {"gradient_accumulation_steps": 2, "max_steps": 3}
+    assert both(folder, tmp_path, options=options, training_step=step)[2] <= 1e-6
+
+
 def early(super_: Any, self: Any, model: Any, inputs: Any) -> Any:
     loss = super_(model, inputs)
     self.accelerator.backward(loss)
