@@ -252,11 +252,11 @@ class PCR:
         else:
             weights = self.rule(statistics)
             bounds = longest(weights, statistics)
-        a, b = of_sum(weights, joined)
+        (a, b), upto = of_sum(weights, joined), bounds.tolist()
         plasticity, stability = self._totals
         block_of = self._sums.block_of.tolist()
         held = add_update(
-            Part(p, plasticity.pop(name, None), stability.pop(name, None), a[block], b[block], float(bounds[block]))
+            Part(p, plasticity.pop(name, None), stability.pop(name, None), a[block], b[block], upto[block])
             for block, (name, p) in zip(block_of, self._parameters.items())
         )
         broken = torch.zeros_like(bounds)

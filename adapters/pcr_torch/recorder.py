@@ -1,25 +1,20 @@
-"""The fast pullback: both streams' gradients and their per-response inner products from two backward passes.
+"""Both streams' gradients of block parameters with their per-response inner products, from two backward passes.
 
 Where the gradient of a probed layer's output arrives (`probe.py`), the weight's gradient and its per-response inner
-products are formed in one place (`products.py`). Two passes, a layer at a time (`segments.py`), give both streams; the
-first only keeps the output gradients, so that each weight's gradient is formed once, in the second pass, and inner
-products between the streams can be taken. Above the last attention one pass gives both (`rows.py`); and where no block
-lies below a layer's input, the gradient there is that of the sum alone.
-
-Linear layers outside the blocks are probed as well, to form the gradient of the summed stream once in place of twice.
+products are formed in one place (`products.py` on a CPU, `kernels` elsewhere). The passes are those of `totals.py`, one
+of a single stream and one of the streams' sum. Probes keep the output gradients of the first until the second, and so
+know both streams' when they form each weight's gradient.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor
 
 from pcr_torch import kernels
@@ -30,8 +25,8 @@ from pcr_torch.owners import by_response, survey
 from pcr_torch.probe import install, layout, remove
 from pcr_torch.products import Products, bias_products, in_range, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, Total, add_total, total_dtype, wide_dtype
-from pcr_torch.rows import row_shares, share_of
-from pcr_torch.segments import Segment, back, ends, segments, whole
+from pcr_torch.segments import segments
+from pcr_torch.totals import Pass, larger, sum_and_single
 
 
 class Recorder:
@@ -41,13 +36,11 @@ class Recorder:
         self._parameters = parameters
         self._workspace = workspace
         self._index = {name: k for k, name in enumerate(parameters)}
-        self._pass: Literal["off", "both", "keep", "measure"] = "off"
+        self._pass: Pass | Literal["off", "other"] = "off"
+        self._single: int | None = None  # which stream has a pass of its own
         self._strata: Sequence[Sequence[int]] = ()
         self._kept: dict[str, Tensor] = {}  # gradients of layers' outputs after the first pass
-        self._shares: Mapping[str, Tensor] = {}  # of the streams in what comes to a layer in a pass of both
         self._seen: set[tuple[str, str]] = set()
-        self._lowest: Collection[Node] = ()  # calls whose input's gradient is wanted of the streams' sum alone
-        # FSDP schedules its gathering by whole backward passes
         self._sharded = any(isinstance(p, DTensor) for p in parameters.values())
         self._fsdp = sharded_modules(model) if self._sharded else []
         self._installed = False
@@ -64,7 +57,7 @@ class Recorder:
         for path, module in model.named_modules():
             held = {at: getattr(module, at, None) for at in ("weight", "bias")}
             mine = {at: names[id(p)] for at, p in held.items() if id(p) in names}
-            if layout(module) is not None and (mine or cast(Tensor, module.weight).requires_grad):
+            if layout(module) is not None and mine:
                 self._modules[path] = module
                 if layout(module) == "in_out":
                     self._transposed.add(path)
@@ -155,40 +148,31 @@ class Recorder:
             self._pass = "off"
             self._kept.clear()
             self._seen.clear()
-            self._lowest, self._shares, self._skipped = (), {}, ()
+            self._single, self._skipped = None, ()
             self._layouts.clear()
             del self._pulled, self._totals
 
     def _through(self, logp: Tensor, cotangents: Sequence[Tensor]) -> None:
-        """The streams' backward passes, segment by segment; as one above what mixes rows, and below the blocks."""
+        """The streams' backward passes: segment by segment where the graph can be divided."""
+        if len(cotangents) == 1:
+            self._pass = "other"
+            torch.autograd.backward(logp, cotangents[0])
+            return
         ours = {id(parameter) for name, parameter in self._parameters.items() if name not in self._skipped}
-        chain = whole() if self._sharded else segments(logp, ours)
-        held = [segment.leaves for segment in chain]
-        # blocks that are not seen may hide in a node that keeps its graph to itself, as reentrant checkpointing does
-        hidden = not ours <= frozenset().union(*held)
-        if ours and not hidden and len(cotangents) > 1:
-            lowest = max(k for k, each in enumerate(held) if ours & each)
-            self._lowest = ends(chain[lowest], logp, ours)
-        streams = [[cotangent] for cotangent in cotangents]
-        # a hook on logp may make anything of a cotangent
-        shares = None if chain[0].rows is None or logp._backward_hooks else row_shares(cotangents)
-        if shares is not None:
-            streams = _sum(streams)
-        for k, segment in enumerate(chain):
-            below = not hidden and not any(ours & each for each in held[k:])
-            if below:
-                segment, streams, shares = Segment(segment.roots, None), _sum(streams), None
-            elif shares is not None and segment.rows is None:
-                streams, shares = _split(streams[0], chain[k - 1].below, shares), None
-            if shares is not None and segment.rows is not None:
-                self._shares = {path: shares[:, rows] for path, rows in segment.rows.items()}
-            for stream, gradients in enumerate(streams):
-                last = stream == len(streams) - 1
-                self._pass = "both" if shares is not None else "measure" if last else "keep"
-                with nullcontext() if last else kept_whole(self._fsdp):
-                    streams[stream] = back(segment, logp, gradients, keep=not last)
-            if below:
-                return
+        # FSDP schedules its gathering by whole backward passes
+        chain = None if self._sharded else segments(logp, ours)
+        self._single = 1 - larger(cotangents)
+        if chain is not None:
+            sum_and_single(chain, logp, cotangents, self._single, self._turn)
+            return
+        self._pass = "single"
+        with kept_whole(self._fsdp):
+            torch.autograd.backward(logp, cotangents[self._single], retain_graph=True)
+        self._pass = "other"
+        torch.autograd.backward(logp, cotangents[1 - self._single])
+
+    def _turn(self, which: Pass) -> None:
+        self._pass = which
 
     def _refuse_bypass(self, before: dict[str, tuple[int, int] | None]) -> None:
         for name, version in before.items():
@@ -202,48 +186,34 @@ class Recorder:
     def arrived(
         self, node: Any, x: Tensor | None, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See `probe.Receiver`. Of block parameters autograd gets nothing.
-
-        A layer outside the blocks that is called several times is kept in its first call only (both passes come to the
-        calls in one order), the others are differentiated in either pass as autograd would.
-        """
+        """See `probe.Receiver`. Of block parameters autograd gets nothing."""
         path: str = node.path
         transposed = path in self._transposed
         held = {} if self._pass == "off" else self._members[path]
         members = {at: name for at, name in held.items() if name not in self._skipped}
-        again = self._seen_again(path)
         if members:
-            self._refuse_unmeasurable(path, x, again)
-        if self._pass == "keep" and not again:
-            self._kept[path] = dy
-            if not wanted[0]:
-                return None, None, None
-            if node not in self._lowest:
-                return _input_gradient(dy, weight, transposed), None, None
-            # zeros and not None, with which hooks below would be called
-            return dy.new_zeros(*dy.shape[:-1], weight.shape[0 if transposed else 1]), None, None
-        kept = None if again else self._kept.pop(path, None)
-        dys = (dy,) if kept is None else (kept, dy)
+            self._refuse_unmeasurable(path, x)
+            if self._pass == "single":
+                self._kept[path] = dy
+            else:
+                assert x is not None
+                with torch.no_grad():
+                    self._measure(path, members, x, self._streams(path, dy), transposed)
         left = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want and name not in members]
-        merged = wanted[0] and node in self._lowest
-        total = _total(dys) if left or merged else dy
-        dx = _input_gradient(total if merged else dy, weight, transposed) if wanted[0] else None
-        if members:
-            assert x is not None
-            with torch.no_grad():
-                streams = tuple(share_of(dy, s) for s in self._shares[path]) if self._pass == "both" else dys
-                self._measure(path, members, x, streams, transposed)
-        return dx, *_outside(x, total, left, transposed)
+        dx = _input_gradient(dy, weight, transposed) if wanted[0] else None
+        return dx, *_outside(x, dy, left, transposed)
 
-    def _seen_again(self, path: str) -> bool:
-        if self._pass == "off":
-            return False
-        passes = {(each, path) for each in (("keep", "measure") if self._pass == "both" else (self._pass,))}
-        again = bool(passes & self._seen)
-        self._seen |= passes
-        return again
+    def _streams(self, path: str, dy: Tensor) -> tuple[Tensor, ...]:
+        """Output gradients of each stream, where that of the pass of the other, or of the sum, arrives."""
+        if self._single is None:
+            return (dy,)
+        alone = self._kept.pop(path)
+        other = dy - alone if self._pass == "sum" else dy
+        return (alone, other) if self._single == 0 else (other, alone)
 
-    def _refuse_unmeasurable(self, path: str, x: Tensor | None, again: bool) -> None:
+    def _refuse_unmeasurable(self, path: str, x: Tensor | None) -> None:
+        again = (self._pass, path) in self._seen
+        self._seen.add((self._pass, path))
         if again:
             raise ValueError(f"{path} is used twice in one forward pass; use PCR(..., norms='loop')")
         n = self._pulled.response.shape[1]
@@ -308,27 +278,13 @@ def _input_gradient(dy: Tensor, weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _outside(
-    x: Tensor | None, total: Tensor, left: Collection[str], transposed: bool
+    x: Tensor | None, dy: Tensor, left: Collection[str], transposed: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a layer's weight and bias, those that are `left` to autograd, from the streams' `total`."""
+    """Gradients of a layer's weight and bias, those that are `left` to autograd."""
     weight = bias = None
     if "weight" in left:
         assert x is not None
-        weight = matrix_gradient(x, total, transposed=transposed)
+        weight = matrix_gradient(x, dy, transposed=transposed)
     if "bias" in left:
-        bias = total.reshape(-1, total.shape[-1]).sum(dim=0)
+        bias = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
     return weight, bias
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    return sum(parts[1:], start=parts[0])
-
-
-def _sum(streams: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """The streams as one."""
-    return [[_total(each) for each in zip(*streams, strict=True)]]
-
-
-def _split(gradients: Sequence[Tensor], rows: Sequence[Tensor], shares: Tensor) -> list[list[Tensor]]:
-    """The streams of which `gradients` are the sum."""
-    return [[share_of(g, of[where]) for g, where in zip(gradients, rows, strict=True)] for of in shares]

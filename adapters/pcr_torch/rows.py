@@ -78,9 +78,11 @@ class Rows:
         return rows
 
     def below(self, node: Node) -> tuple[Tensor, ...] | None:
-        """Of what a taken node gives, by its edges that lead on; None where some has none."""
-        found = [self._of.get(after) for after, _ in node.next_functions if after is not None]
-        known = self.apart and all(rows is not None for rows in found)
+        """Of what a taken node gives, by its edges that lead on; None where some has none, or is of float16."""
+        edges = [(after, k) for after, k in node.next_functions if after is not None]
+        found = [self._of.get(after) for after, _ in edges]
+        narrow = any(cast(Any, after)._input_metadata[k].dtype == torch.float16 for after, k in edges)
+        known = self.apart and not narrow and all(rows is not None for rows in found)
         return cast(tuple[Tensor, ...], tuple(found)) if known else None
 
     def _below(self, node: Any, rows: Tensor) -> Below | None:

@@ -1,21 +1,17 @@
 """The graph of a forward pass in segments, so that both streams go back through it a part at a time.
 
-Two backward passes over the whole graph would keep every activation alive through the first, and every output gradient
-that the second needs as well. Segment by segment, memory is freed once both streams have left it, as in an ordinary
-backward pass (but for what its last node saved: a sum saves nothing); and below the lowest segment with blocks the
-streams go on as one.
+Segment by segment, memory is freed once both streams have left it, as in an ordinary backward pass; and below the
+lowest segment with blocks the streams go on as one.
 
 A segment ends at a node that all of the graph above runs through: in a transformer the sums of the residual stream,
 before and after attention. They are found by going over the graph in autograd's order: when a node is taken while no
-other waits, all that is above it has been. Where there are none (a skip connection around layers, several devices),
-each backward pass is over the whole graph.
+other waits, all that is above it has been. Where there are none (a skip connection around layers), all is one segment.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -46,8 +42,7 @@ class Segment:
         leaves: ids of the tensors whose gradient it has a part of.
         tensors: these, of those that `segments` was asked for.
         crossing: its uses of those that later segments use too.
-        rows: of the gradients that come to probed layers, by their names, see `Rows`; None where rows may be mixed.
-        below: rows of the gradients at the next segment's roots.
+        below: rows of the gradients at the next segment's roots, see `Rows`; none where they may be mixed.
     """
 
     roots: tuple[GradientEdge, ...] | None
@@ -55,75 +50,13 @@ class Segment:
     leaves: frozenset[int] = frozenset()
     tensors: tuple[Tensor, ...] = ()
     crossing: tuple[Use, ...] = ()
-    rows: Mapping[str, Tensor] | None = None
     below: tuple[Tensor, ...] = ()
 
 
-_BETWEEN = 8  # segments with blocks, in each of which output gradients of one stream wait for the other's
+_PARTS = 4  # of the graph below the first segment
 
 
-def whole() -> tuple[Segment, ...]:
-    """The whole graph as one segment, of which nothing is known."""
-    return (Segment(None, None),)
-
-
-def segments(output: Tensor, leaves: Set[int] = frozenset()) -> tuple[Segment, ...]:
-    """The segments of output's graph from the top; a single one, to the leaves, where it cannot be divided.
-
-    Args:
-        output: with its graph.
-        leaves: ids of the tensors whose streams are told apart. With them segments are few: one in which rows are
-            apart, one below the lowest of them, and some between.
-    """
-    found: list[Segment] = []
-    uses: list[list[Use]] = [[]]
-    rows = Rows(output)
-    arriving: dict[str, Tensor] = {}
-    roots: tuple[GradientEdge, ...] | None = None
-    worth_it = False
-    for step in _in_order(output):
-        if step is None:
-            return whole()
-        mine = rows.take(step.node)
-        if mine is not None and is_probe(step.node):
-            arriving[cast(Any, step.node).path] = mine
-        uses[-1] += step.uses
-        # what takes memory, and may take both streams, is in functions written in Python: probes, checkpointed layers
-        worth_it |= hasattr(step.node, "_forward_cls")
-        if step.separates and worth_it:
-            below = rows.below(step.node)
-            rows.apart = below is not None  # else two streams go on from here
-            found.append(Segment(roots, step.node, rows=None if below is None else arriving, below=below or ()))
-            roots = _roots_below(step.node)
-            uses, arriving, worth_it = [*uses, []], {}, False
-    found.append(Segment(roots, None, rows=arriving if rows.apart else None))
-    return _with_uses(*(_fewer(found, uses, leaves) if leaves else (found, uses))) or whole()
-
-
-def _fewer(
-    chain: Sequence[Segment], uses: Sequence[Sequence[Use]], leaves: Set[int]
-) -> tuple[list[Segment], list[list[Use]]]:
-    """Neighbours as one, since a backward pass through a segment looks at all of the graph below it."""
-    lowest = max((k for k, mine in enumerate(uses) if any(id(use.leaf) in leaves for use in mine)), default=-1)
-    apart = sum(segment.rows is not None for segment in chain)  # from the top on
-    between = max(1, math.ceil((lowest + 1 - apart) / _BETWEEN))
-    ends = {apart - 1, lowest, len(chain) - 1, *range(apart + between - 1, lowest, between)}
-    found: list[Segment] = []
-    of: list[list[Use]] = []
-    start = 0
-    for end in sorted(k for k in ends if k >= 0):
-        group = chain[start : end + 1]
-        rows = None if group[-1].rows is None else {path: r for each in group for path, r in (each.rows or {}).items()}
-        found.append(Segment(group[0].roots, group[-1].last, rows=rows, below=group[-1].below))
-        of.append([use for mine in uses[start : end + 1] for use in mine])
-        start = end + 1
-    return found, of
-
-
-_PARTS = 4  # of the graph below the first segment, without noise
-
-
-def segments_around(output: Tensor, leaves: Set[int]) -> tuple[Segment, ...] | None:
+def segments(output: Tensor, leaves: Set[int]) -> tuple[Segment, ...] | None:
     """Segments for gradients of `leaves` (ids of tensors) alone.
 
     None where a stream's gradients of these alone cannot be had: hooks on gradients of modules, several devices, a leaf
@@ -138,7 +71,7 @@ def segments_around(output: Tensor, leaves: Set[int]) -> tuple[Segment, ...] | N
     start: tuple[GradientEdge, ...] | None = None
     top: tuple[Node, tuple[Tensor, ...], int] | None = None  # where a first segment could end
     reached, opaque = 0, False
-    for step in _in_order(output):
+    for step in in_order(output):
         if step is None:
             return None
         python = hasattr(step.node, "_forward_cls")
@@ -188,20 +121,19 @@ def _with_uses(
     return tuple(reversed(found))
 
 
-def back(segment: Segment, output: Tensor, gradients: Sequence[Tensor], *, keep: bool) -> list[Tensor]:
-    """One backward pass through a segment; leaves get their .grad.
+def back(segment: Segment, output: Tensor, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The last backward pass through a segment, which frees it; leaves get their .grad.
 
     Args:
         segment: of `segments(output)`.
         gradients: of output for the first segment, else what the pass through the segment before returned.
-        keep: whether another pass through it follows.
 
     Returns:
         The gradients at the next segment's roots; none below the last.
     """
     roots: Any = output if segment.roots is None else segment.roots
     if segment.last is None:
-        torch.autograd.backward(roots, list(gradients), retain_graph=keep)
+        torch.autograd.backward(roots, list(gradients))
         return []
 
     def arrive(found: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
@@ -211,7 +143,7 @@ def back(segment: Segment, output: Tensor, gradients: Sequence[Tensor], *, keep:
     hooks = [use.node.register_hook(_accumulate(use)) for use in segment.crossing]
     hooks.append(segment.last.register_hook(arrive))
     try:
-        torch.autograd.backward(roots, list(gradients), retain_graph=keep)
+        torch.autograd.backward(roots, list(gradients))
     except _Arrived as arrived:
         edges = segment.last.next_functions
         return [_or_zeros(g, edge) for g, edge in zip(arrived.found, edges, strict=True) if edge[0] is not None]
@@ -247,31 +179,6 @@ def _through_node(node: Node, gradient: Tensor | None) -> list[Tensor]:
         given = cast(Any, node)(gradient)
         handed = given if isinstance(given, tuple) else (given,)
     return [_or_zeros(g, edge) for g, edge in zip(handed, node.next_functions, strict=True) if edge[0] is not None]
-
-
-def ends(segment: Segment, output: Tensor, leaves: Collection[int]) -> frozenset[Node]:
-    """Calls of probed layers from whose input the segment leads to none of `leaves` (ids of tensors)."""
-    starts = [output.grad_fn] if segment.roots is None else [edge.node for edge in segment.roots]
-    leads: dict[Node, bool] = {}
-    found: set[Node] = set()
-    waiting = [(cast(Node, node), False) for node in starts]
-    while waiting:
-        node, known = waiting.pop()
-        if is_leaf(node):
-            leads[node] = id(cast(Any, node).variable) in leaves
-            continue
-        after = [] if node is segment.last else [each for each, _ in node.next_functions if each is not None]
-        if not known:
-            if node not in leads:
-                leads[node] = False
-                waiting += [(node, True), *((each, False) for each in after if each not in leads)]
-            continue
-        leads[node] = any(leads[each] for each in after)
-        if is_probe(node):
-            below = node.next_functions[0][0]
-            if below is not None and not leads.get(below, False):  # what is below the segment was not visited
-                found.add(node)
-    return frozenset(found)
 
 
 class _Arrived(Exception):
@@ -312,7 +219,7 @@ def _metadata_around(node: Any) -> Iterator[Any]:
             yield after._input_metadata[k]
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """A node in the order of a backward pass.
 
     Attributes:
@@ -326,7 +233,7 @@ class _Step(NamedTuple):
     uses: list[Use]
 
 
-def _in_order(output: Tensor) -> Iterator[_Step | None]:
+def in_order(output: Tensor) -> Iterator[Step | None]:
     """The nodes in the order in which autograd runs them; None, and no more, where that is not known beforehand."""
     start = cast(Node, output.grad_fn)
     waiting, seen = [(-start._sequence_nr(), 0, start)], {start}
@@ -358,4 +265,4 @@ def _in_order(output: Tensor) -> Iterator[_Step | None]:
                     return
                 seen.add(after)
                 heapq.heappush(waiting, (-later, len(seen), after))
-        yield _Step(node, separates and bool(waiting), uses)
+        yield Step(node, separates and bool(waiting), uses)

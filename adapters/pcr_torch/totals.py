@@ -16,9 +16,10 @@ do anything to a stream, two whole passes give P and S.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,9 @@ from torch.distributed.fsdp import FSDPModule
 from pcr_torch.distributed import kept_whole, local
 from pcr_torch.pullback import Total, total_dtype
 from pcr_torch.rows import row_shares, share_of
-from pcr_torch.segments import Segment, back, back_for, segments_around
+from pcr_torch.segments import Segment, back, back_for, segments
+
+Pass: TypeAlias = Literal["single", "sum"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,10 @@ def pull_totals(
             return Gradients((_taken(parameters),), None)
         names = {id(parameter): name for name, parameter in parameters.items()}
         hooked = any(parameter._backward_hooks for parameter in parameters.values())
-        chain = None if fsdp or hooked else segments_around(logp, names.keys())
+        chain = None if fsdp or hooked else segments(logp, names.keys())
         if chain is not None:
-            joined = _larger(cotangents) if joined is None else joined
-            single = _by_segments(chain, logp, cotangents, 1 - joined, names)
+            joined = larger(cotangents) if joined is None else joined
+            single = {names[id(leaf)]: g for leaf, g in sum_and_single(chain, logp, cotangents, 1 - joined)}
             wide = {name: gradient.to(total_dtype(parameters[name])) for name, gradient in single.items()}
             both = _taken(parameters)
             return Gradients((both, wide) if joined == 0 else (wide, both), joined)
@@ -80,26 +83,43 @@ def pull_totals(
         return Gradients((first, _taken(parameters)), None)
 
 
-def _larger(cotangents: Sequence[Tensor]) -> int:
+def larger(cotangents: Sequence[Tensor]) -> int:
+    """Index of the stream that is left to a difference; waits for an accelerator."""
     norms = [torch.linalg.vector_norm(cotangent, dtype=total_dtype(cotangent)) for cotangent in cotangents]
     return int(norms[1] > norms[0])
 
 
-def _by_segments(
-    chain: Sequence[Segment], logp: Tensor, cotangents: Sequence[Tensor], single: int, names: Mapping[int, str]
-) -> Total:
-    """A single stream's gradients of the leaves with `names` by id; the sum's are added to .grad on the way."""
-    found: Total = {}
+def sum_and_single(
+    chain: Sequence[Segment],
+    logp: Tensor,
+    cotangents: Sequence[Tensor],
+    single: int,
+    turn: Callable[[Pass], None] = lambda _: None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Backward passes of the streams' sum and of one stream alone, segment by segment.
+
+    Args:
+        chain: `segments(logp, leaves)`.
+        logp: (n, T) with its graph, which is freed.
+        cotangents: two of shape (n, T).
+        single: index of the stream that goes alone.
+        turn: told of each pass before it begins.
+
+    Returns:
+        The leaves with the single stream's gradient of each; the sum's are added to .grad of all that is trained.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
     lowest = max((k for k, segment in enumerate(chain) if segment.tensors), default=-1)
     total, stream = [cotangents[0] + cotangents[1]], [cotangents[single]]
+    # a hook on logp may make anything of a cotangent
     shares = row_shares(cotangents) if chain[0].below and lowest >= 0 and not logp._backward_hooks else None
     for k, segment in enumerate(chain):
         if k <= lowest and (k > 0 or shares is None):
+            turn("single")
             gradients, stream = back_for(segment, logp, stream, onward=k < lowest)
-            for leaf, gradient in zip(segment.tensors, gradients, strict=True):
-                if gradient is not None:
-                    found[names[id(leaf)]] = gradient
-        total = back(segment, logp, total, keep=False)
+            found += [(leaf, g) for leaf, g in zip(segment.tensors, gradients, strict=True) if g is not None]
+        turn("sum")
+        total = back(segment, logp, total)
         if k == 0 and shares is not None:
             stream = [share_of(g, shares[single][rows]) for g, rows in zip(total, segment.below, strict=True)]
     return found

@@ -41,7 +41,7 @@ def assert_equal(got: dict[str, Any], expected: dict[str, Any], rtol: float) -> 
 def test_two_processes_equal_one(name: str, ranks: list[Any]) -> None:
     expected = EXPECTED[name]()
     for results in ranks:
-        assert_equal(results[name], expected, rtol=2e-2 if name == BFLOAT16 else 2e-6)
+        assert_equal(results[name], expected, rtol=4e-2 if name == BFLOAT16 else 2e-6)
         assert results[name]["placed"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,8 +26,9 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from pcr_torch.probe import install, layout, remove
-from pcr_torch.segments import Segment, back, segments
+from pcr_torch.probe import install, is_probe, layout, remove
+from pcr_torch.rows import Rows
+from pcr_torch.segments import in_order
 
 SMALL = {
     "vocab_size": 31,
@@ -69,26 +70,24 @@ def watched(model: nn.Module) -> Iterator[Watch]:
             remove(module)
 
 
-def assert_rows_are_apart(chain: tuple[Segment, ...], logp: Tensor, watch: Watch) -> set[str]:
+def assert_rows_are_apart(logp: Tensor, watch: Watch) -> set[str]:
     """By the definition: each log-probability alone has a gradient in its own rows and in no others.
 
     Returns:
         Names of the layers of which that was claimed.
     """
-    claimed: set[str] = set()
+    rows, claimed = Rows(logp), dict[str, Tensor]()
+    for step in in_order(logp):
+        mine = None if step is None else rows.take(step.node)
+        if mine is not None and is_probe(step.node):  # type: ignore[union-attr]
+            claimed[cast(Any, step).node.path] = mine
     for index in range(logp.numel()):
-        gradients = [functional.one_hot(torch.tensor(index), logp.numel()).view(logp.shape).to(logp.dtype)]
-        for segment in chain:
-            if segment.rows is None:
-                break
-            watch.dys.clear()
-            gradients = back(segment, logp, gradients, keep=True)
-            claimed |= set(segment.rows)
-            for path, rows in segment.rows.items():
-                assert not watch.dys[path][rows != index].any(), (path, index)
-            for gradient, rows in zip(gradients, segment.below, strict=True):
-                assert not gradient[rows != index].any(), index
-    return claimed
+        watch.dys.clear()
+        only = functional.one_hot(torch.tensor(index), logp.numel()).view(logp.shape).to(logp.dtype)
+        torch.autograd.backward(logp, only, retain_graph=True)
+        for path, of in claimed.items():
+            assert not watch.dys[path][of != index].any(), (path, index)
+    return set(claimed)
 
 
 # -- transformers ----------------------------------------------------------------------------------------------------
@@ -100,11 +99,12 @@ def test_rows_reach_down_to_the_last_attention(architecture: str, lora: bool) ->
     model = tiny_model(architecture, lora=lora)
     with watched(model) as watch:
         logp = batch().logp(model)
-        found = assert_rows_are_apart(segments(logp), logp, watch)
+        found = assert_rows_are_apart(logp, watch)
     last = {path for path in watch.layers if ".1.mlp." in path}
     assert last
     assert found >= last
-    assert not any(".0." in path or "attn" in path for path in found)
+    into_attention = ("q_proj", "k_proj", "v_proj", "c_attn")
+    assert not any(".0." in path or path.endswith(into_attention) for path in found)
 
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {
@@ -122,7 +122,7 @@ def test_other_architectures(name: str) -> None:
     model = OTHERS[name]()
     with watched(model) as watch:
         logp = batch().logp(model)
-        found = assert_rows_are_apart(segments(logp), logp, watch)
+        found = assert_rows_are_apart(logp, watch)
     assert {"lm_head", "model.layers.1.mlp.down_proj"} <= found
     fast, fast_grads = pull(model, batch(), "fast")
     loop, loop_grads = pull(model, batch(), "loop")
@@ -130,12 +130,14 @@ def test_other_architectures(name: str) -> None:
     assert_gradients_close(fast_grads, loop_grads, 1e-4)
 
 
-def test_attention_beside_the_mlp_leaves_the_head_only() -> None:
+def test_attention_beside_the_mlp() -> None:
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, use_parallel_residual=True))
     with watched(model) as watch:
         logp = batch().logp(model)
-        assert assert_rows_are_apart(segments(logp), logp, watch) == {"lm_head"}
+        found = assert_rows_are_apart(logp, watch)
+    last = ("attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    assert found == {"lm_head", *(f"gpt_neox.layers.1.{name}" for name in last)}
 
 
 def test_checkpointing_and_bfloat16() -> None:
@@ -144,7 +146,7 @@ def test_checkpointing_and_bfloat16() -> None:
     model.train()
     with watched(model) as watch, torch.autocast("cpu", torch.bfloat16):
         logp = batch().logp(model)
-        assert "model.layers.1.mlp.up_proj" in assert_rows_are_apart(segments(logp), logp, watch)
+        assert "model.layers.1.mlp.up_proj" in assert_rows_are_apart(logp, watch)
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["all", "completions"])
@@ -164,8 +166,8 @@ def test_the_fused_head_of_trl(compact: bool, monkeypatch: pytest.MonkeyPatch) -
 
     with watched(model) as watch:
         logp = logp_of(model)
-        found = assert_rows_are_apart(segments(logp), logp, watch)
-    assert found == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+        found = assert_rows_are_apart(logp, watch)
+    assert found == {f"model.layers.1.{name}_proj" for name in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
     objective = data.objective(logp)
     cotangents = objective.plasticity_cotangent, objective.stability_cotangent
     assert_fast_equals_loop(model, lambda: logp_of(model), cotangents, data.group_ids, tolerances=(1e-5, 1e-4))
@@ -188,7 +190,7 @@ def test_whatever_the_graph_rows_that_are_claimed_are_apart(
     model = program(shape, [("linear", True), *steps], end)
     with watched(model) as watch:
         logp = model()
-        assert_rows_are_apart(segments(logp), logp, watch)
+        assert_rows_are_apart(logp, watch)
 
 
 @pytest.mark.parametrize("mixing", MIXING)
@@ -197,7 +199,7 @@ def test_what_mixes_rows_is_never_claimed(shape: tuple[int, int, int], mixing: s
     model = program(shape, [("linear", True), ("linear", True), (mixing, False), ("linear", True)], "sum")
     with watched(model) as watch:
         logp = model()
-        found = assert_rows_are_apart(segments(logp), logp, watch)
+        found = assert_rows_are_apart(logp, watch)
     assert not found & {"layers.0", "layers.1"}  # below it
 
 
@@ -208,7 +210,7 @@ def test_ends_that_mix_rows_claim_none(end: str) -> None:
     model = program((2, 3, 4), [("linear", True)], end)
     with watched(model) as watch:
         logp = model()
-        assert not assert_rows_are_apart(segments(logp), logp, watch)
+        assert not assert_rows_are_apart(logp, watch)
 
 
 @pytest.mark.parametrize(
@@ -218,5 +220,5 @@ def test_what_keeps_rows_apart_is_claimed(end: str) -> None:
     model = program((2, 3, 4), [(name, True) for name in APART], end)
     with watched(model) as watch:
         logp = model()
-        found = assert_rows_are_apart(segments(logp), logp, watch)
+        found = assert_rows_are_apart(logp, watch)
     assert found == {f"layers.{k}" for k in range(model.used + 1)}

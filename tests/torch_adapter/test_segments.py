@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from counting import Counting
 from problems import batch, tiny_model
 from test_pullback import (
     assert_fast_equals_loop,
@@ -21,19 +23,21 @@ from test_pullback import (
 from torch import Tensor, nn
 
 from pcr_torch import PCR
-from pcr_torch.recorder import Recorder
-from pcr_torch.segments import Segment, ends, segments
+from pcr_torch.segments import segments
+
+
+def ids(model: nn.Module, pattern: str) -> set[int]:
+    return {id(parameter) for name, parameter in model.named_parameters() if re.search(pattern, name)}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
 def test_segments_end_at_the_residual_stream(architecture: str) -> None:
     model = tiny_model(architecture)
-    method = PCR(model, noise_every=1, norms="fast")
-    chain = segments(batch().logp(model))
-    method.remove()
+    chain = segments(batch().logp(model), ids(model, r"mlp.*weight"))
+    assert chain is not None
     ends = [segment.last.name() for segment in chain if segment.last is not None]
-    assert len(ends) >= 2 * len(model.get_submodule("model.layers" if architecture != "gpt2" else "transformer.h"))
-    assert all("Add" in name for name in ends[1:])  # the first is the head's
+    assert len(ends) == len(model.get_submodule("model.layers" if architecture != "gpt2" else "transformer.h")) + 1
+    assert all("Add" in name for name in ends)
     assert set().union(*(segment.leaves for segment in chain)) == {id(parameter) for parameter in model.parameters()}
 
 
@@ -47,46 +51,20 @@ def test_streams_merge_below_the_lowest_block(architecture: str) -> None:
     assert_gradients_close(fast_grads, loop_grads, 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("blocks", "visits"),
-    [(r"layers\.1\.mlp", {"layers.1.mlp": 1, "layers.1.self_attn": 1, "layers.0.mlp": 1, "layers.0.self_attn": 1}),
-     (r"layers\.0\.mlp", {"layers.1.mlp": 1, "layers.1.self_attn": 2, "layers.0.mlp": 2, "layers.0.self_attn": 1})],
-)  # fmt: skip
+@pytest.mark.parametrize("noise", [{"noise_every": 0}, {"noise_every": 1}], ids=["without noise", "with noise"])
+@pytest.mark.parametrize(("blocks", "passes"), [(r"layers\.1\.mlp", 2), (r"layers\.0\.mlp", 3), ("mlp", 3)])
 def test_two_passes_only_between_the_last_attention_and_the_lowest_block(
-    blocks: str, visits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    blocks: str, passes: int, noise: dict[str, Any]
 ) -> None:
+    """Two layers have two attentions; the second stream takes the upper one at most, and not the head."""
     model, data = tiny_model("llama"), batch()
-    visited: list[str] = []
-    arrived = Recorder.arrived
-
-    def counted(self: Recorder, node: Any, *args: Any) -> Any:
-        visited.append(node.path)
-        return arrived(self, node, *args)
-
-    monkeypatch.setattr(Recorder, "arrived", counted)
-    pull(model, data, "fast", blocks=blocks)
-    assert visited.count("lm_head") == 1
-    for part, count in visits.items():
-        layers = {path for path in visited if path.startswith(f"model.{part}.")}
-        assert {visited.count(path) for path in layers} == {count}, part
-
-
-def paths(calls: Collection[Any]) -> set[str]:
-    return {node.path for node in calls}
-
-
-def test_of_the_lowest_blocks_only_the_sum_goes_on() -> None:
-    model = tiny_model("llama")
-    method = PCR(model, noise_every=1, norms="fast")
-    ours = {id(p) for name, p in model.named_parameters() if "layers.1.mlp" in name}
-    logp = batch().logp(model)
-    found = [paths(ends(segment, logp, ours)) for segment in segments(logp) if ours & segment.leaves]
-    in_whole = paths(ends(Segment(None, None), logp, ours))
+    method = PCR(model, blocks=blocks, **noise)
+    logp = data.logp(model)
+    with Counting() as counted:
+        method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
     method.remove()
-    assert found == [{f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj")}]
-    assert found[0] <= in_whole
-    assert "model.layers.1.mlp.down_proj" not in in_whole
-    assert "lm_head" not in in_whole
+    assert counted.of("scaled_dot_product.*backward") == passes
+    assert counted.of("log_softmax_backward") == 1
 
 
 @pytest.mark.parametrize("path", ["layers.0.post_attention_layernorm", "layers.1.post_attention_layernorm"])
@@ -167,8 +145,9 @@ def test_what_crosses_the_layers_is_seen(kind: type[Skipping]) -> None:
     torch.manual_seed(0)
     model = kind()
     logp = logp_of(model, torch.randint(31, (6, 5)))
-    blocks = {id(layer.weight) for layer in model.layers}
-    assert sum(bool(blocks & segment.leaves) for segment in segments(logp)) <= 1
+    chain = segments(logp, ids(model, r"layers.*weight"))
+    assert chain is not None
+    assert sum(bool(segment.tensors) for segment in chain) == 1
     assert_streams(model)
 
 
@@ -190,21 +169,20 @@ def test_what_several_segments_use_gets_all_its_parts(hooked: bool) -> None:
     if hooked:  # autograd's to run
         for parameter in model.norm.parameters():
             parameter.register_hook(lambda gradient: 2 * gradient)
-    method = PCR(model, noise_every=1, blocks=r"layers\.\d.weight", norms="fast")
-    chain = segments(logp_of(model, torch.randint(31, (6, 5))))
-    method.remove()
-    assert len(chain) == (1 if hooked else 4)
-    shared = {id(parameter) for parameter in model.norm.parameters()}
-    assert {id(use.leaf) for segment in chain for use in segment.crossing} == (set() if hooked else shared)
+    chain = segments(logp_of(model, torch.randint(31, (6, 5))), ids(model, r"layers.*weight"))
+    assert (chain is None) == hooked
+    if chain is not None:
+        assert len(chain) == 5
+        assert {id(use.leaf) for segment in chain for use in segment.crossing} == ids(model, "norm")
     assert_sum(model, r"layers\.\d.weight")
 
 
 def test_segments_that_end_in_several_shapes_or_without_a_gradient() -> None:
     torch.manual_seed(0)
     model = Joining()
-    method = PCR(model, noise_every=1, blocks=r"layers\.\d.weight", norms="fast")
-    assert len(segments(logp_of(model, torch.randint(31, (6, 5))))) > 3
-    method.remove()
+    chain = segments(logp_of(model, torch.randint(31, (6, 5))), ids(model, r"layers.*weight"))
+    assert chain is not None
+    assert len(chain) > 2
     assert_streams(model)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pcr_core
 from pcr_torch import PCR
-from pcr_torch.segments import segments_around
+from pcr_torch.segments import segments
 from pcr_torch.totals import pull_totals
 
 RULE = pcr_core.PCR(alpha=0.7)
@@ -229,7 +229,7 @@ def test_hooks_on_activations_act_once_on_a_gradient() -> None:
 def test_segments_end_above_and_below_the_blocks() -> None:
     model: Any = tiny_model("llama")
     leaves = {id(p) for n, p in model.named_parameters() if "layers.1.mlp" in n}
-    chain = segments_around(batch().logp(model), leaves)
+    chain = segments(batch().logp(model), leaves)
     assert chain is not None
     head, inside, below = chain
     assert id(model.lm_head.weight) in head.leaves
