@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -24,12 +24,12 @@ from pcr_torch.distributed import average, local, sharded_modules, unwrap
 from pcr_torch.kernels import WORKSPACE
 from pcr_torch.meter import Meter
 from pcr_torch.parameters import check_parameters
-from pcr_torch.pullback import Pulled, Total, add_total, backward_others, per_response, total_dtype
+from pcr_torch.pullback import Pulled, Total, backward_others, per_response, total_dtype
 from pcr_torch.recorder import Recorder
 from pcr_torch.report import Report
 from pcr_torch.statistics import BlockSums, Totals
 from pcr_torch.temporal import TemporalFilter
-from pcr_torch.totals import pull_totals
+from pcr_torch.totals import part, pull_totals
 from pcr_torch.update import Part, add_update
 
 Norms = Literal["auto", "fast", "loop"]
@@ -419,19 +419,21 @@ class PCR:
 
     def _pull_totals(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...]) -> None:
         """Each stream's gradient into the totals, by automatic differentiation alone."""
-        found = pull_totals(logp, cotangents, self._parameters, fsdp=self._fsdp, joined=self._joined)
-        if not self._microbatches:
-            self._joined = found.joined
-        elif self._joined != found.joined:
+        if len(streams) == 1:
             self._part()
-            _part(found.streams, found.joined)
-        for stream, total in zip(streams, found.streams, strict=True):
-            for name, part in total.items():
-                add_total(self._totals[stream], name, part)
+        self._joined = pull_totals(
+            logp,
+            cotangents,
+            self._parameters,
+            [self._totals[stream] for stream in streams],
+            joined=self._joined,
+            fresh=not self._microbatches,
+            fsdp=self._fsdp,
+        )
 
     def _part(self) -> None:
         """P and S in the totals, where the streams' sum is in the place of one of them."""
-        _part(self._totals, self._joined)
+        part(self._totals, self._joined)
         self._joined = None
 
     def _pull_apart(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], ids: Tensor) -> None:
@@ -560,9 +562,3 @@ class PCR:
                 "them), and left a part of that micro-batch in the gradients. Call discard() and zero the gradients, "
                 "then take the step's micro-batches again"
             )
-
-
-def _part(totals: Sequence[Total], joined: int | None) -> None:
-    if joined is not None:
-        for name, single in totals[1 - joined].items():
-            totals[joined][name].sub_(single)

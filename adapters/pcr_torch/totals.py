@@ -18,69 +18,71 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from pcr_torch.distributed import kept_whole, local
-from pcr_torch.pullback import Total, total_dtype
+from pcr_torch.pullback import Total, add_total, total_dtype
 from pcr_torch.rows import row_shares, share_of
 from pcr_torch.segments import Segment, back, back_for, segments
 
 Pass: TypeAlias = Literal["single", "sum"]
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """What one microbatch gives each block parameter, by name; absent where it was not used.
-
-    Attributes:
-        streams: gradients of each stream, but that of the streams' sum at `joined`.
-        joined: index of the stream in whose place the sum's gradients are; None where there is none.
-    """
-
-    streams: tuple[Total, ...]
-    joined: int | None
-
-
 def pull_totals(
     logp: Tensor,
     cotangents: Sequence[Tensor],
     parameters: Mapping[str, nn.Parameter],
+    totals: Sequence[Total],
     *,
-    fsdp: Sequence[FSDPModule] = (),
     joined: int | None = None,
-) -> Gradients:
+    fresh: bool = True,
+    fsdp: Sequence[FSDPModule] = (),
+) -> int | None:
     """Backward passes over logp's graph, which is freed; gradients of other parameters are added to their .grad.
 
     Args:
         logp: (n, T) with its graph.
         cotangents: one or two of shape (n, T).
         parameters: the block parameters by name; their .grad is left as it was.
+        totals: of each stream, to which its gradients are added; those of a parameter that was not used stay absent.
+        joined: index of the stream in whose place the totals hold the sum's gradients; None where they hold P and S.
+        fresh: whether the totals are empty, and it may be chosen what they hold.
         fsdp: the model's sharded modules.
-        joined: of which stream the sum takes the place, where it does; None for that of the larger cotangents.
+
+    Returns:
+        `joined` as it is from now on.
     """
     with _set_aside(parameters):
-        if len(cotangents) == 1:
-            torch.autograd.backward(logp, cotangents[0])
-            return Gradients((_taken(parameters),), None)
         names = {id(parameter): name for name, parameter in parameters.items()}
         hooked = any(parameter._backward_hooks for parameter in parameters.values())
-        chain = None if fsdp or hooked else segments(logp, names.keys())
+        may_join = len(cotangents) == 2 and (fresh or joined is not None) and not (fsdp or hooked)
+        chain = segments(logp, names.keys()) if may_join else None
         if chain is not None:
             joined = larger(cotangents) if joined is None else joined
-            single = {names[id(leaf)]: g for leaf, g in sum_and_single(chain, logp, cotangents, 1 - joined)}
-            wide = {name: gradient.to(total_dtype(parameters[name])) for name, gradient in single.items()}
-            both = _taken(parameters)
-            return Gradients((both, wide) if joined == 0 else (wide, both), joined)
-        with kept_whole(fsdp):
-            torch.autograd.backward(logp, cotangents[0], retain_graph=True)
-        first = _taken(parameters)
-        torch.autograd.backward(logp, cotangents[1])
-        return Gradients((first, _taken(parameters)), None)
+            with _adding(parameters, totals[joined]):
+                single = sum_and_single(chain, logp, cotangents, 1 - joined)
+            for leaf, gradient in single:
+                name = names[id(leaf)]
+                add_total(totals[1 - joined], name, gradient.to(total_dtype(parameters[name])))
+            return joined
+        part(totals, joined)
+        for k, cotangent in enumerate(cotangents):
+            again = k + 1 < len(cotangents)
+            with _adding(parameters, totals[k]), kept_whole(fsdp if again else ()):
+                torch.autograd.backward(logp, cotangent, retain_graph=again)
+        return None
+
+
+def part(totals: Sequence[Total], joined: int | None) -> None:
+    """P and S in the totals, where the sum is in the place of one of them."""
+    if joined is not None:
+        for name, single in totals[1 - joined].items():
+            totals[joined][name].sub_(single)
 
 
 def larger(cotangents: Sequence[Tensor]) -> int:
@@ -125,16 +127,6 @@ def sum_and_single(
     return found
 
 
-def _taken(parameters: Mapping[str, nn.Parameter]) -> Total:
-    """The parameters' gradients, which are theirs no longer."""
-    taken: Total = {}
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            taken[name] = local(parameter.grad).to(total_dtype(parameter))
-            parameter.grad = None
-    return taken
-
-
 @contextmanager
 def _set_aside(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Without the gradients that are there, which are put back."""
@@ -146,3 +138,16 @@ def _set_aside(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     finally:
         for name, parameter in parameters.items():
             parameter.grad = before[name]
+
+
+@contextmanager
+def _adding(parameters: Mapping[str, nn.Parameter], total: Total) -> Iterator[None]:
+    """What a backward pass adds to .grad is added to a total: in its memory, where that can be a .grad."""
+    for name, parameter in parameters.items():
+        whole = name in total and total[name].dtype == parameter.dtype and not isinstance(parameter, DTensor)
+        parameter.grad = total.pop(name) if whole else None
+    yield
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            add_total(total, name, local(parameter.grad).to(total_dtype(parameter)))
+        parameter.grad = None
