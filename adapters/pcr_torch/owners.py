@@ -9,7 +9,7 @@ from there on; the reason is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,9 +20,7 @@ from torch.autograd.graph import Node
 
 from pcr_torch.owner_rules import NOBODY, Follow, Owners, joined, spread
 from pcr_torch.probe import is_probe
-from pcr_torch.rows import (
-    is_leaf,
-)
+from pcr_torch.rows import is_leaf
 
 
 @dataclass(frozen=True)
@@ -63,22 +61,30 @@ def survey(output: Tensor) -> Survey:
     return found
 
 
-def by_response(owners: Owners, n: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """(..., features) activations of one shape but for their features, as (n, rows, features).
+def arrangement(owners: Owners, n: int, lead: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    """Where the rows of n responses are among activations (*lead, features); None where as many each, in order.
 
-    A view where every response has as many rows, in order; else gathered, with zeros where a response has fewer.
+    Returns:
+        (n, rows) places among the flattened rows, and (n, rows, 1) booleans, true where a response has fewer.
     """
-    flat = [t.reshape(-1, t.shape[-1]) for t in tensors]
-    rows = spread(owners, tuple(tensors[0].shape[:-1])).reshape(-1)
+    rows = spread(owners, lead).reshape(-1)
     if len(rows) % n == 0 and bool((rows.reshape(n, -1) == np.arange(n)[:, None]).all()):
-        return [t.view(n, -1, t.shape[-1]) for t in flat]
+        return None
     mine = [np.flatnonzero(rows == i) for i in range(n)]
     places = np.full((n, max(1, *map(len, mine))), NOBODY)
     for row, taken in zip(places, mine, strict=True):
         row[: len(taken)] = taken
-    at = torch.from_numpy(places).to(flat[0].device)
-    absent = (at == NOBODY)[..., None]
-    return [t[at.clamp(min=0)].masked_fill(absent, 0) for t in flat]
+    at = torch.from_numpy(places)
+    return at.clamp(min=0), (at == NOBODY)[..., None]
+
+
+def by_response(tensor: Tensor, n: int, where: tuple[Tensor, Tensor] | None) -> Tensor:
+    """(..., features) activations on a CPU as (n, rows, features); a view where `arrangement` gave None."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    if where is None:
+        return flat.view(n, -1, tensor.shape[-1])
+    at, absent = where
+    return flat[at].masked_fill(absent, 0)
 
 
 def _from_output(start: Node) -> Iterator[Node]:

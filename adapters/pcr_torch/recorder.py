@@ -21,7 +21,7 @@ from pcr_torch import kernels
 from pcr_torch.distributed import kept_whole, local, reduce_scatter, sharded_modules
 from pcr_torch.kernels import WORKSPACE, Layout
 from pcr_torch.owner_rules import Owners, spread
-from pcr_torch.owners import by_response, survey
+from pcr_torch.owners import arrangement, by_response, survey
 from pcr_torch.probe import install, layout, remove
 from pcr_torch.products import Products, bias_products, in_range, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, Total, add_total, total_dtype, wide_dtype
@@ -48,6 +48,7 @@ class Recorder:
         self._skipped: Collection[str] = ()  # block parameters that are measured elsewhere
         self._owners: dict[str, Owners] = {}  # of the rows of each layer, where they are known
         self._layouts: dict[tuple[int, torch.Size], Layout] = {}  # on an accelerator, by the identity of owners
+        self._arrangements: dict[tuple[int, torch.Size], tuple[Tensor, Tensor] | None] = {}  # the same on a CPU
         self._modules: dict[str, nn.Module] = {}
         self._transposed: set[str] = set()  # of these, those that store the weight (in, out)
         # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
@@ -150,6 +151,7 @@ class Recorder:
             self._seen.clear()
             self._single, self._skipped = None, ()
             self._layouts.clear()
+            self._arrangements.clear()
             del self._pulled, self._totals
 
     def _through(self, logp: Tensor, cotangents: Sequence[Tensor]) -> None:
@@ -227,7 +229,11 @@ class Recorder:
         """(n, tokens, features) of inputs and output gradients."""
         if path not in self._owners:
             return x, dys
-        x, *arranged = by_response(self._owners[path], self._pulled.response.shape[1], (x, *dys))
+        owners, n, lead = self._owners[path], self._pulled.response.shape[1], x.shape[:-1]
+        key = (id(owners), lead)
+        if key not in self._arrangements:
+            self._arrangements[key] = arrangement(owners, n, tuple(lead))
+        x, *arranged = (by_response(t, n, self._arrangements[key]) for t in (x, *dys))
         return x, tuple(arranged)
 
     def _measure(

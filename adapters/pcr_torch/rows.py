@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -180,7 +181,12 @@ class Rows:
 
 def kind_of(node: Node) -> str:
     """The operation's name: "Mul" of MulBackward0."""
-    return node.name().rstrip("0123456789").removesuffix("Backward")
+    return _kind(node.name())
+
+
+@cache
+def _kind(name: str) -> str:
+    return name.rstrip("0123456789").removesuffix("Backward")
 
 
 def is_leaf(node: Any) -> bool:
