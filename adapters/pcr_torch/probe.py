@@ -52,8 +52,9 @@ def install(module: nn.Module, receiver: Receiver, path: str) -> None:
     module.forward = MethodType(_probed(receiver, path, transposed=layout(module) == "in_out"), module)
 
 
-def remove(module: nn.Module) -> None:
-    if _is_probed(module):  # else somebody has wrapped the probe, and keeps it
+def remove(module: nn.Module, receiver: Receiver) -> None:
+    """Unless the layer has another receiver by now, or somebody has wrapped the probe, and keeps it."""
+    if _is_probed(module) and module.__dict__["forward"].__func__.receiver is receiver:
         del module.__dict__["forward"]
 
 
@@ -73,7 +74,7 @@ def _probed(receiver: Receiver, path: str, *, transposed: bool) -> Any:
     # a compiled graph would freeze the probe in the state it had when it was traced
     why = "the probes of PCR's fast path run uncompiled; for fullgraph=True use norms='loop'"
     probed = torch.compiler.disable(forward, reason=why)  # type: ignore[no-untyped-call]
-    probed.probes = path
+    probed.probes, probed.receiver = path, receiver
     return probed
 
 

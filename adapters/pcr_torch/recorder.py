@@ -83,7 +83,7 @@ class Recorder:
     def remove(self) -> None:
         self._installed = False
         for module in self._modules.values():
-            remove(module)
+            remove(module, self)
 
     def survey(self, logp: Tensor, *, trusting: bool) -> dict[str, str]:
         """Why block parameters cannot be measured in the backward passes of `logp`, by name; those absent can.

@@ -92,6 +92,38 @@ def assert_right(
 def assert_batch_right(method: PCR, data: Batch, tol: float = 1e-4) -> None:
     logp = data.logp(method.model)
     assert_right(method, logp, data.objective(logp), data.group_ids, tol=tol)
+    assert_right_without_noise(method, lambda: data.logp(method.model), data, tol)
+
+
+def assert_right_without_noise(method: PCR, logp_of: Callable[[], Tensor], data: Batch, tol: float = 1e-4) -> None:
+    """The same blocks, by automatic differentiation alone: sums of plain autograd's gradients, resolved densely."""
+    model, names = method.model, names_of(method)
+    leaves = [model.get_parameter(name) for name in names]
+    rule = pcr_core.PCR(alpha=0.7)
+    logp = logp_of()
+    objective = data.objective(logp)
+    cotangents = objective.plasticity_cotangent, objective.stability_cotangent
+    streams = [torch.autograd.grad(logp, leaves, c, retain_graph=True, allow_unused=True) for c in cotangents]
+    before = [(p, p.grad) for p in model.parameters()]
+    model.zero_grad()
+    plain = PCR(model, blocks=lambda name, _: name in names, rule=rule, noise_every=0)
+    plain.accumulate(logp, objective, group_ids=data.group_ids)
+    report = plain.resolve()
+    assert report.path == "autograd"
+    for name, leaf, p, s, a, b in zip(
+        names, leaves, *streams, report.weights.plasticity.tolist(), report.weights.stability.tolist(), strict=True
+    ):
+        if p is None or s is None:
+            assert leaf.grad is None, name
+            continue
+        c = float((p * s).double().sum())
+        expected = 1 + (min(0.7 * -c / float((s * s).double().sum()), 10) if c < 0 else 0)
+        assert a == 1, name
+        assert b == pytest.approx(expected, rel=1e-3), name
+        assert leaf.grad is not None, name
+        assert (leaf.grad - (p + b * s)).norm() <= tol * leaf.grad.norm(), name
+    for parameter, gradient in before:
+        parameter.grad = gradient
 
 
 # -- compiled models -----------------------------------------------------------------------------------------------
@@ -317,6 +349,7 @@ def test_packed_rows_take_the_loop() -> None:
     method = PCR(model, rule=RULE)
     assert_right(method, lp := logp(), data.objective(lp), data.group_ids, rows=rows)
     assert "rows of its input are not known" in method.path["model.layers.0.mlp.up_proj.weight"]
+    assert_right_without_noise(method, logp, data)
     with pytest.raises(ValueError, match=r"logp: expected a tensor \(responses, tokens\)"):
         PCR(model, noise_every=1, norms="loop").accumulate(lp.flatten(), data.objective(lp), group_ids=data.group_ids)
 

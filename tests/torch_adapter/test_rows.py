@@ -67,7 +67,7 @@ def watched(model: nn.Module) -> Iterator[Watch]:
         yield watch
     finally:
         for module in watch.layers.values():
-            remove(module)
+            remove(module, watch)
 
 
 def assert_rows_are_apart(logp: Tensor, watch: Watch) -> set[str]:
