@@ -91,6 +91,13 @@ def block_columns(
     }
 
 
+SLOW = {
+    "loop": "the noise of the gradients takes a backward pass a response; --noise-every measures it less often",
+    "mixed": "the noise of some blocks takes a backward pass a response; --noise-every measures it less often",
+}
+"""What a step says of its path (metrics.jsonl has it in every row), the first time that it is slow."""
+
+
 class StepLine:
     """A progress bar with live reward, KL, conflict and alpha; on a plain terminal, one line a step."""
 
@@ -99,6 +106,7 @@ class StepLine:
         self.total = total
         self.done = done
         self.bar: Progress | None = None
+        self.told: set[str] = set()
 
     def __enter__(self) -> StepLine:
         if self.console.is_terminal:
@@ -121,6 +129,10 @@ class StepLine:
             self.bar.stop()
 
     def show(self, row: dict[str, Any]) -> None:
+        path = row.get("path")
+        if path in SLOW and path not in self.told:
+            self.told.add(path)
+            self.console.print(f"step {row['step']}: {SLOW[path]}", highlight=False)
         if self.bar is None:
             self.console.print(f"step {row['step']}/{self.total}  {live(row)}", highlight=False)
         else:

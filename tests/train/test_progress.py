@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from pcr_train.progress import MetricsFile, live, read_metrics
+from pcr_train.progress import MetricsFile, StepLine, live, read_metrics
 
 
 def test_numbers_that_are_not_finite_become_null_and_are_named(tmp_path: Path):
@@ -41,3 +43,12 @@ def test_live_line_shows_reward_kl_conflict_and_alpha():
     text = live({"reward": 0.5, "kl": 0.01, "pcr/conflict_rate": 0.25, "pcr/alpha": 0.9})
     assert text == "reward 0.50  KL 0.0100  conflict 25%  alpha 0.900"
     assert "reward -" in live({})
+
+
+def test_a_slow_path_is_told_once():
+    out = io.StringIO()
+    with StepLine(Console(file=out, width=200), total=3, done=0) as line:
+        for step, path in enumerate(["autograd", "loop", "autograd", "loop"], 1):
+            line.show({"step": step, "path": path})
+    assert out.getvalue().count("a backward pass a response") == 1
+    assert "step 2: the noise" in out.getvalue()
