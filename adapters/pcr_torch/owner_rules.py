@@ -207,7 +207,8 @@ class Follow:
         return [owners] if shape is not None and len(shape) == len(out) and shape[:lead] == out[:lead] else None
 
     def padded(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        return [owners] if len(out) - len(node._saved_pad) // 2 >= owners.ndim else None
+        changed = [len(out) - 1 - k // 2 for k, count in enumerate(node._saved_pad) if signed(count)]
+        return [owners] if all(dim >= owners.ndim for dim in changed) else None
 
     def convolved(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
         batched = owners.ndim == 1 and (shapes[0] is None or shapes[0][0] == out[0])
