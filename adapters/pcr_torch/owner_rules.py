@@ -224,8 +224,36 @@ class Follow:
         ends = np.cumsum([missing if s is None else s[0] for s in shapes])[:-1]
         return [self._fewest(part) for part in np.split(owners, ends)]
 
+    def reduced(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
+        """Rows of whatever a sum was taken over belong to whom the sum belongs."""
+        shape = shapes[0]
+        if shape is None:
+            return None
+        dims = sorted(dims_of(node, len(shape)))
+        if dims[0] >= owners.ndim:
+            return [owners]
+        for dim in dims if len(out) < len(shape) else ():
+            if dim <= owners.ndim:
+                owners = np.expand_dims(owners, dim)
+        return [self._fewest(np.broadcast_to(owners, shape[: owners.ndim]))]
+
+    def picked(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
+        """One of several, such as x[0]: the others' rows are nobody's."""
+        shape = shapes[0]
+        if shape is None:
+            return None
+        dim = signed(node._saved_dim) % len(shape)
+        if dim >= owners.ndim:
+            return [owners] if shape[: owners.ndim] == out[: owners.ndim] else None
+        whole = np.full(shape[: owners.ndim + 1], NOBODY)
+        whole[(slice(None),) * dim + (signed(node._saved_index),)] = owners
+        return [self._fewest(whole)]
+
     def stacked(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        return [owners] * len(shapes) if signed(node._saved_dim) % len(out) >= owners.ndim else None
+        dim = signed(node._saved_dim) % len(out)
+        if dim >= owners.ndim:
+            return [owners] * len(shapes)
+        return None if owners.ndim == 1 else [self._fewest(part) for part in np.moveaxis(owners, dim, 0)]
 
     def triangular(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
         return [owners] if owners.ndim <= len(out) - 2 else None
@@ -363,6 +391,9 @@ def spread(owners: Owners, shape: Shape) -> Owners:
 
 _SPECIAL: dict[str, Callable[..., _Below | None]] = {
     "Cat": Follow.concatenated,
+    "Mean": Follow.reduced,
+    "Select": Follow.picked,
+    "Sum": Follow.reduced,
     "Transpose": Follow.transposed,
     "Permute": Follow.permuted,
     "Expand": Follow.expanded,

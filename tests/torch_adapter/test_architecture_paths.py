@@ -155,7 +155,7 @@ CASES = {
         },
     ),
     "Bamba": Case(6, GATED, "fast", MAMBA | {"attn_layer_indices": [1]}),
-    "FalconH1": Case(6, GATED, "mixed", MAMBA | {"mamba_d_ssm": 16, "mamba_n_heads": 2, "head_dim": 8}),
+    "FalconH1": Case(6, GATED, "fast", MAMBA | {"mamba_d_ssm": 16, "mamba_n_heads": 2, "head_dim": 8}),
     "RecurrentGemma": Case(
         6,
         GATED,

@@ -104,6 +104,21 @@ class Flat(nn.Module):
         return self.upper(torch.relu(self.lower(hidden.reshape(-1, 8)))).view(*tokens.shape, 31)
 
 
+class Copies(nn.Module):
+    """Several versions of the residual stream, (versions, responses, tokens, features), as AltUp has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 8)
+        self.lower, self.middle, self.upper = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 31)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        versions = self.lower(torch.stack([hidden, torch.tanh(hidden), hidden.cumsum(1)]))
+        versions = torch.stack([self.middle(versions[0]), versions[2]])
+        return self.upper(versions.mean(dim=0) + versions.sum(dim=(0,), keepdim=True)[0])
+
+
 class Mixed(nn.Module):
     """Responses see one another: no row below belongs to one of them."""
 
@@ -133,7 +148,15 @@ class SeveralReasons(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "fast"),
-    [(TimeMajor, False), (AsManyExperts, True), (Chunked, True), (Flat, True), (Mixed, False), (SeveralReasons, False)],
+    [
+        (TimeMajor, False),
+        (AsManyExperts, True),
+        (Chunked, True),
+        (Flat, True),
+        (Copies, True),
+        (Mixed, False),
+        (SeveralReasons, False),
+    ],
 )
 def test_other_orders_of_rows(kind: type[nn.Module], fast: bool) -> None:
     torch.manual_seed(0)
