@@ -92,8 +92,6 @@ def refuse_trainer(trainer: Any) -> None:
                          "place for two")  # fmt: skip
     if accelerator.scaler is not None:
         raise ValueError("mixed precision with a loss scaler (fp16) would scale one loss of two; use bf16 or float32")
-    if trainer.aux_loss_enabled:
-        raise ValueError("router_aux_loss_coef: the router's loss belongs to neither stream; set it to 0")
     if getattr(trainer.model, "use_kernels", False):
         raise ValueError(f"model: {_KERNELS}")
     if getattr(trainer.model, "is_quantized", False):

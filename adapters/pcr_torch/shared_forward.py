@@ -3,7 +3,8 @@
 Whoever wrote the loss sees log-probabilities that are a leaf, beta times 1 and advantages times 1, where both ones are
 leaves too. A KL term is in proportion to beta, a reward term to the advantages, so that each is the loss's derivative
 with respect to its one; the derivatives of those with respect to the log-probabilities are the two cotangents.
-Whatever is done to the value of the loss until its backward pass is part of its graph, and counts.
+Whatever is done to the value of the loss until its backward pass is part of its graph, and counts. The router loss of a
+mixture of experts, which belongs to neither stream, is cut off like the log-probabilities.
 """
 
 from __future__ import annotations
@@ -28,24 +29,38 @@ _FORWARD = (
 
 @dataclass(frozen=True)
 class Cut:
-    """One forward pass of the trained model: what was asked, its log-probabilities, and the leaves in their place."""
+    """One forward pass of the trained model: what was asked, its outputs, and the leaves in their place."""
 
     request: Mapping[str, Any]
     logp: Tensor
     leaf: Tensor
     entropies: Tensor
+    router: Tensor | None = None  # the auxiliary loss of a mixture of experts
+    router_leaf: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.leaf.register_post_accumulate_grad_hook(_refuse_backward)  # type: ignore[no-untyped-call]
+        for leaf in (self.leaf, self.router_leaf):
+            if leaf is not None:
+                leaf.register_post_accumulate_grad_hook(_refuse_backward)  # type: ignore[no-untyped-call]
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        given = (self.leaf, self.entropies, self.router_leaf)
+        return tuple(leaf for leaf in given if leaf is not None)
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Log-probabilities (n, T) of one forward pass, and the loss's two derivatives with respect to them."""
+    """Log-probabilities (n, T) of one forward pass, and the loss's two derivatives with respect to them.
+
+    Attributes:
+        router: the loss's derivative with respect to the router loss of that forward pass; None where it has none.
+    """
 
     cut: Cut
     plasticity: Tensor
     stability: Tensor
+    router: Tensor | None = None
 
 
 class _Tagged(torch.autograd.Function):
@@ -113,14 +128,18 @@ class SharedForward:
         return any(id(leaf) in self._given() for leaf in leaves(loss))
 
     def _given(self) -> set[int]:
-        return {id(x) for cut in self._cuts for x in (cut.leaf, cut.entropies)}
+        return {id(leaf) for cut in self._cuts for leaf in cut.leaves}
 
     def find(self, request: Mapping[str, Any]) -> Cut | None:
         """An earlier forward pass of the same model in the same state, on the same texts."""
         return next((cut for cut in self._cuts if _same(cut.request, request)), None)
 
-    def cut(self, request: Mapping[str, Any], logp: Tensor, entropies: Tensor) -> Cut:
-        made = Cut(request, logp, logp.detach().requires_grad_(), entropies.detach().requires_grad_())
+    def cut(self, request: Mapping[str, Any], logp: Tensor, entropies: Tensor, router: Tensor | None = None) -> Cut:
+        given = [None if x is None else x.detach().requires_grad_() for x in (logp, entropies, router)]
+        leaf, entropy, router_leaf = given
+        assert leaf is not None
+        assert entropy is not None
+        made = Cut(request, logp, leaf, entropy, router, router_leaf)
         self._cuts.append(made)
         return made
 
@@ -155,15 +174,16 @@ class SharedForward:
         if others:
             torch.autograd.backward(loss, inputs=others, retain_graph=True)
         ids = {id(leaf) for leaf in reached}
-        used = [cut for cut in self._cuts if id(cut.leaf) in ids or id(cut.entropies) in ids]
+        used = [cut for cut in self._cuts if any(id(leaf) in ids for leaf in cut.leaves)]
         if len(used) > 1:
             raise ValueError(f"loss: it depends on log-probabilities of {len(used)} forward passes, and {NEITHER}")
         return self._apart(loss, used[0], beta) if used else None
 
     def _apart(self, loss: Tensor, cut: Cut, beta: float) -> Streams:
         logp, ones = cut.leaf, (self._of_beta, self._of_advantages)
+        asked = (logp, cut.entropies, *ones, *cut.leaves[2:])
         try:
-            first = torch.autograd.grad(loss, (logp, cut.entropies, *ones), create_graph=True, allow_unused=True)
+            first = torch.autograd.grad(loss, asked, create_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -174,7 +194,8 @@ class SharedForward:
         whole = _of(first[0], logp)
         if first[1] is not None and bool(first[1].any()):
             raise ValueError(f"loss: it has a gradient through the entropies, as an entropy bonus has, and {NEITHER}")
-        kl, reward = first[2:]
+        kl, reward = first[2:4]
+        router = None if len(first) < 5 or first[4] is None else first[4].detach()
         if kl is None and beta != 0:
             raise ValueError(
                 "loss: no term of it is multiplied by self.beta, so there is no KL term to tell from the reward; "
@@ -189,14 +210,14 @@ class SharedForward:
         (plasticity,) = _derivatives(reward, (logp,))
         rounding = max(_ROUNDING, 4 * torch.finfo(logp.dtype).eps)
         if (whole - plasticity - stability).norm() <= rounding * (plasticity.norm() + stability.norm()):
-            return Streams(cut, plasticity, stability)
+            return Streams(cut, plasticity, stability, router)
         # the reward term is not in proportion to the advantages where those are clipped, say, or normalised
         if not all_tagged(loss, logp, ones):
             raise ValueError(
                 f"loss: it is more than the sum of its reward and its KL term (what inputs['advantages'] and self.beta "
                 f"multiply), and {NEITHER}"
             )
-        return Streams(cut, whole - stability, stability)
+        return Streams(cut, whole - stability, stability, router)
 
 
 def _derivatives(of: Tensor | None, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -22,6 +22,7 @@ from pcr_core.statistics import Strata
 from pcr_torch import checkpoints
 from pcr_torch.blocks import FrozenBlocks, Granularity, select_blocks
 from pcr_torch.carried_state import carry, state_of
+from pcr_torch.distributed import kept_whole, sharded_modules
 from pcr_torch.groups import Text, owners, shuffle_groups, texts, texts_of
 from pcr_torch.lent_batch import lent
 from pcr_torch.method import PCR, Norms
@@ -255,17 +256,18 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         if self._shared is None or not torch.is_grad_enabled() or plain(request["model"]) is not plain(self.model):
             return real(*args, **kwargs)
         entropies = request.pop("compute_entropy", False)
+        with_router = request.pop("compute_aux_loss", False)
+        request["compute_aux_loss"] = with_router or self.aux_loss_enabled  # one forward pass, whoever asks first
         left_out = ("model", "batch_size")  # the batch size changes no value
         key = {k: v for k, v in request.items() if k not in left_out and v is not None and v is not False}
         key["state"] = _state(self.model)
         cut = self._shared.find(key)
-        auxiliary = None
         if cut is None:
-            logp, entropy, auxiliary = real(**request, compute_entropy=True)
+            logp, entropy, router = real(**request, compute_entropy=True)
             if not logp.requires_grad:  # a reference that is the model without its adapters
-                return logp, entropy if entropies else None, auxiliary
-            cut = self._shared.cut(key, logp, entropy)
-        return cut.leaf, cut.entropies if entropies else None, auxiliary
+                return logp, entropy if entropies else None, router if with_router else None
+            cut = self._shared.cut(key, logp, entropy, router)
+        return cut.leaf, cut.entropies if entropies else None, cut.router_leaf if with_router else None
 
     def _compute_loss(self, model: Any, inputs: Any) -> Any:
         if self._shared is None:
@@ -335,6 +337,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
                     "response a row of an activation belongs to; set use_reentrant=False, norms='fast' if "
                     "activations are (responses, tokens, features) throughout, or noise_every=0 to do without"
                 )
+            if streams.router is not None and streams.cut.router is not None:
+                self._add_router(streams.cut.router, streams.router)
             if self._plain:
                 torch.autograd.backward(logp, plasticity + stability)
             else:
@@ -347,6 +351,12 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             )
         if self.accelerator.sync_gradients:
             self._finish()
+
+    def _add_router(self, loss: Tensor, weight: Tensor) -> None:
+        """The gradient of a router loss, of neither stream, to .grad of all that is trained, where `resolve` adds."""
+        if loss.requires_grad:
+            with kept_whole(sharded_modules(self.model)):
+                torch.autograd.backward(loss, weight, retain_graph=True)
 
     def _finish(self) -> None:
         """The gradients of a step, from all of its micro-batches."""

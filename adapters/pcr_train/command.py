@@ -121,6 +121,9 @@ def run(
         int | None,
         typer.Option(help="Measure the gradients' noise in every K-th step; 0: never. [10; 1 for rules that need it]"),
     ] = None,
+    router_loss: Annotated[
+        float | None, typer.Option(help="Coefficient of a mixture of experts' load-balancing loss. [0]")
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="KL coefficient, > 0. [0.04]")] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Of Adam, constant. [4e-6; tiny 3e-4]")
@@ -168,6 +171,7 @@ def run(
         "granularity": granularity,
         "norms": norms,
         "noise_every": noise_every,
+        "router_loss": router_loss,
         "beta": beta,
         "learning_rate": learning_rate,
         "steps": steps,

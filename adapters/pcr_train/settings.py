@@ -36,6 +36,7 @@ class Settings:
         granularity: "tensor", "module", "layer" or "global".
         norms: how per-response norms are measured: "auto", "fast" or "loop", see `pcr_torch.PCR`.
         noise_every: measure the gradients' noise in every K-th step, see `pcr_torch.PCR`; None for its default.
+        router_loss: coefficient of the load-balancing loss of a mixture of experts; 0 leaves it out.
         beta: coefficient of the KL divergence to the starting model; > 0.
         learning_rate: of Adam, constant.
         steps: optimizer steps.
@@ -70,6 +71,7 @@ class Settings:
     granularity: str = "tensor"
     norms: str = "auto"
     noise_every: int | None = None
+    router_loss: float = 0.0
     beta: float = 0.04
     learning_rate: float = 4e-6
     steps: int = 12
@@ -107,6 +109,8 @@ class Settings:
                 f"--noise-every {self.noise_every}: --rule {self.rule} with these options reads the noise of the "
                 "gradients in every step; leave it out, or give --alpha a number"
             )
+        if not 0 <= self.router_loss < math.inf:
+            raise ValueError(f"--router-loss: expected a number >= 0, got {self.router_loss}")
         if not self.model:
             raise ValueError("--model: it is empty; expected smollm2, tiny, a local folder, or a hub id")
         if not 0 <= self.seed < 1 << 32:

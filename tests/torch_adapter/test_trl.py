@@ -433,13 +433,12 @@ def test_ways_to_split_a_model_that_hide_gradients_are_refused(state: dict[str, 
     [
         ({"distributed_type": SimpleNamespace(value="MEGATRON_LM")}, "engine owns the backward pass"),
         ({"scaler": object()}, "loss scaler"),
-        ({"aux_loss_enabled": True}, "router's loss belongs to neither stream"),
         ({"model": SimpleNamespace(is_quantized=True)}, "quantised weights are not supported yet"),
         ({"model": SimpleNamespace(use_kernels=True)}, "fused kernels may overwrite"),
     ],
 )
 def test_what_shows_once_the_model_is_there_is_refused(change: dict[str, Any], message: str) -> None:
-    fields = {"distributed_type": SimpleNamespace(value="NO"), "scaler": None, "aux_loss_enabled": False, "model": None}
+    fields = {"distributed_type": SimpleNamespace(value="NO"), "scaler": None, "model": None}
     found = fields | change
     accelerator = SimpleNamespace(
         state=None, distributed_type=found.pop("distributed_type"), scaler=found.pop("scaler")

@@ -34,9 +34,9 @@ MODELS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "router_loss"), [("mixtral", 0.0), ("qwen3_moe", 0.1)])
 def test_two_steps_and_two_more_are_four_bit_for_bit(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, router_loss: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Task, "score", lambda self, problem, text: len(text) % 3 / 2)  # a random model solves nothing
     monkeypatch.setattr(TorchEngine, "respond", lambda self, prompts, **_: [""] * len(prompts))
@@ -59,6 +59,7 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(
         settings = Settings(
             model=str(tmp_path / "model"), shots=0, steps=steps, prompts=2, generations=4, max_tokens=5, heldout=2,
             samples=1, retention_task="none", learning_rate=1e-2, save_every=2, prior="temporal",
+            router_loss=router_loss,
         )  # fmt: skip
         return train(settings, out, resume=resume, console=Console(quiet=True), plot=False)
 
@@ -73,3 +74,12 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(
     assert [key for key in expected if not torch.equal(trained[-1][key], expected[key])] == []
     rows, others = ([{**row, "seconds": 0} for row in read_metrics(outcome.metrics)] for outcome in (rest, whole))
     assert rows == others
+
+
+def test_a_router_loss_is_refused_by_its_option_where_there_is_none(tmp_path: Path) -> None:
+    settings = Settings(model="tiny", shots=0, steps=1, prompts=2, generations=4, max_tokens=5, heldout=2, samples=1,
+                        retention_task="none", router_loss=0.1)  # fmt: skip
+    with pytest.raises(ValueError, match="--router-loss: tiny is no mixture of experts"):
+        train(settings, tmp_path / "run", console=Console(quiet=True), plot=False)
+    with pytest.raises(ValueError, match="--router-loss: expected a number >= 0, got -1"):
+        Settings(router_loss=-1)

@@ -54,6 +54,8 @@ class JaxEngine:
             raise ValueError("--blocks list: not with --framework jax; see pcr_jax.select_blocks")
         if settings.noise_every is not None:
             raise ValueError("--noise-every: --framework jax measures the noise in every step; leave it out")
+        if settings.router_loss:
+            raise ValueError("--router-loss: --framework jax trains a model without experts; leave it out")
         if settings.norms != "auto":
             raise ValueError("--norms: --framework jax measures its one model in one way; leave it out")
         if settings.granularity == "module":

@@ -21,6 +21,10 @@ def make_trainer(
     settings: Settings, folder: Path, model: Any, tokenizer: Any, task: Task, heldout: Sequence[Problem]
 ) -> PCRTrainer:
     """A trainer that will take `settings.steps` steps on problems of `task`, none of them held out."""
+    if settings.router_loss and not hasattr(model.config.get_text_config(), "output_router_logits"):
+        raise ValueError(
+            f"--router-loss: {settings.model} is no mixture of experts that gives such a loss; leave it out"
+        )
     # one row a problem in the order of training: resuming needs no shuffled sampler to be replayed
     rows = list(itertools.islice(task.training(heldout), settings.steps * settings.prompts))
     trainer = PCRTrainer(
@@ -45,7 +49,7 @@ def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:
         granularity=settings.granularity,
         norms=settings.norms,
         noise_every=settings.noise_every,
-        router_aux_loss_coef=0.0,  # a mixture of experts adds it by default, and it belongs to neither stream
+        router_aux_loss_coef=settings.router_loss,  # not the model's own, by default: it takes a backward pass more
         beta=settings.beta,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
