@@ -1,14 +1,12 @@
 """Which parameters PCR acts on, and how they are grouped into blocks.
 
-"mlp" goes by the structure of the model, not by a list of architectures: in every layer of the language model (element
-of the outermost `nn.ModuleList`, not of a vision or audio tower), each trainable matrix that does not lie inside
-attention, a router, a norm, a convolution, a state-space mixer or a side path. That finds gate_proj,
+"mlp" goes by the structure of the model, not by a list of architectures: `pcr_core._structure` holds the rules, here is
+read what they need of a torch model. A layer is an element of the outermost `nn.ModuleList`. That finds gate_proj,
 up_proj, down_proj (Llama, Qwen, Mistral), c_fc, c_proj (GPT-2), fc1, fc2 (OPT), and LoRA's A and B inside them.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,26 +14,13 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
+from pcr_core._listing import candidates, listing
 from pcr_core._selection import selects
+from pcr_core._structure import Parameter, Part, left_out
 
 Granularity = Literal["tensor", "module", "layer", "global"]
 Selector: TypeAlias = str | Callable[[str, nn.Parameter], bool | str | None]
 
-# Whole words of attributes and class names: "SeedOssMLP" is seed, oss, mlp. The first kind that fits decides.
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_TOWER = {"vision", "visual", "image", "images", "audio", "speech", "video", "tower", "projector", "connector", "vit"}
-_RECURRENT = "state space or recurrence"
-_NOT_MLP = {
-    "attention": {"attn", "attention", "rotary"},
-    "norm": {"norm", "layernorm", "rmsnorm", "ln"},
-    "embedding": {"embed", "embedding", "embeddings", "embedder"},
-    "convolution": {"conv", "convolution", "shortconv", "conv1d"},
-    _RECURRENT: {"mamba", "mamba2", "ssm", "rglru", "recurrent", "deltanet", "rwkv"},
-    "side path of a layer": {"altup", "laurel", "hyperconnection"},
-}
-_MLP = {"mlp", "ffn", "ffw", "feedforward", "moe", "experts", "expert"}
-_SIDE = re.compile(r"^per_layer_|^(hc|hyper)_")  # inputs that a layer takes besides the residual stream
-_ROUTER = re.compile(r"^(gate|router|shared_expert_gate|block_sparse_moe_gate|gate_weight)$")
 _ADAPTER = re.compile(r"^lora_")
 
 
@@ -56,17 +41,6 @@ class Block:
     family: str
     parameters: tuple[str, ...]
     stack: str | None = None
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a parameter lies: names and classes along its path, and the layer that holds it."""
-
-    owner: str
-    layer_path: str | None
-    layer: int | None
-    inside: tuple[tuple[str, str], ...]  # (attribute, class) of the modules below the layer, or below the model
-    above: tuple[tuple[str, str], ...] = ()  # of those above the layer
 
 
 class FrozenBlocks(ValueError):
@@ -94,11 +68,12 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
     """
     if granularity not in get_args(Granularity):
         raise ValueError(f"granularity: expected one of {get_args(Granularity)}, got {granularity!r}")
-    chosen: dict[str, list[tuple[str, _Place]]] = {}
+    chosen: dict[str, list[tuple[str, Parameter]]] = {}
     frozen: list[str] = []
-    for name, parameter in model.named_parameters():
-        place = _place(model, name)
-        label = selects(blocks, name, parameter, _left_out(name, parameter, place) is None)
+    places = _places(model)
+    for (name, place), reason in zip(places.items(), _reasons(places, blocks)):
+        parameter = model.get_parameter(name)
+        label = selects(blocks, name, parameter, reason is None)
         if label is False:
             continue
         if not parameter.requires_grad:
@@ -111,48 +86,6 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
     return tuple(_block(key, members) for key, members in chosen.items())
 
 
-def _left_out(name: str, parameter: nn.Parameter, place: _Place) -> str | None:
-    """Why "mlp" leaves a parameter out; None where it does not."""
-    if sum(size > 1 for size in parameter.shape) < 2 or "bias" in _words(name.rpartition(".")[2]):
-        return "vector"
-    for attribute, kind in (*place.above, *place.inside):
-        of_class = _words(kind)
-        encodes = of_class & {"vision", "audio"} and of_class & {"encoder", "tower", "model", "transformer"}
-        if _words(attribute) & _TOWER or encodes:
-            return "not of the language model"
-    if place.layer is None:
-        return "outside the layers"
-    if any(_words(attribute) & _NOT_MLP["side path of a layer"] for attribute, _ in place.above):
-        return "side path of a layer"
-    parts = [*place.inside, (name.rpartition(".")[2], "")]
-    for attribute, kind in reversed(parts):  # the innermost module that tells decides
-        of_class, of_name = frozenset() if kind == "Conv1D" else _words(kind), _words(attribute)  # GPT-2's linear layer
-        if _ROUTER.match(attribute) or "router" in of_name | of_class:
-            return "router"
-        if _SIDE.match(attribute):
-            return "side path of a layer"
-        sure = of_class & _MLP - {"moe"}  # moe is part of models' names
-        for why, words in _NOT_MLP.items():
-            if of_class & words and not (sure and why == _RECURRENT):  # as mamba and recurrent are
-                return why
-        if sure:  # whatever its attribute is called: Nemotron-H has MLPs named mixer
-            return None
-        for why, words in _NOT_MLP.items():
-            if of_name & words:
-                return why
-        if of_name & _MLP:
-            return None
-        if "mixer" in of_name | of_class:
-            return "mixer"
-    return None
-
-
-def _words(name: str) -> frozenset[str]:
-    parts = [part.lower() for part in _WORD.findall(name)]
-    joined = {a + b for a, b in itertools.pairwise(parts)}  # feed_forward, FeedForward, delta_net, conv_1d
-    return frozenset(parts) | joined
-
-
 def describe_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granularity = "tensor") -> str:
     """A table of a model's matrices: how many are chosen, and why others are left out; a line for each kind.
 
@@ -163,75 +96,88 @@ def describe_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Gra
         1.weight    1        1x3    left out: '^0' does not match
     """
     chosen = {name for block in select_blocks(model, blocks, granularity) for name in block.parameters}
-    rows: dict[tuple[str, str, str], int] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 and name not in chosen:
-            continue
-        why = "chosen"
-        if name not in chosen:
-            reason = (
-                f"{blocks!r} does not match" if blocks != "mlp" else _left_out(name, parameter, _place(model, name))
-            )
-            why = "left out: " + ("frozen" if not parameter.requires_grad and reason is None else str(reason))
-        place = _place(model, name)
-        kind = name if place.layer is None else name.replace(f".{place.layer}.", ".*.", 1)
-        key = (
-            re.sub(r"\.\d+(?=\.)", ".*", kind) if place.layer is not None else kind,
-            "x".join(map(str, parameter.shape)),
-            why,
-        )
-        rows[key] = rows.get(key, 0) + 1
-    table = [("parameters", "tensors", "shape", "blocks")]
-    table += [(kind, str(count), shape, why) for (kind, shape, why), count in rows.items()]
-    widths = [max(len(row[k]) for row in table) for k in range(3)]
-    return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[3]]) for row in table)
+    places, rows = _places(model), []
+    for (name, place), reason in zip(places.items(), _reasons(places, blocks)):
+        if name in chosen:
+            rows.append((name, place.shape, "chosen"))
+        elif len(place.shape) > 1:
+            if blocks != "mlp":
+                reason = (
+                    None if selects(blocks, name, model.get_parameter(name), False) else f"{blocks!r} does not match"
+                )
+            rows.append((name, place.shape, f"left out: {reason or 'frozen'}"))
+    return listing(rows)
 
 
-def _place(model: nn.Module, name: str) -> _Place:
-    owner = name.rpartition(".")[0]
-    layer_path: str | None = None
-    layer: int | None = None
-    inside: list[tuple[str, str]] = []
-    above: list[tuple[str, str]] = []
-    parent: nn.Module = model
-    for path, attribute, module in _walk(model, owner):
+def _reasons(places: dict[str, Parameter], blocks: Selector) -> list[str | None]:
+    return left_out([*places.values()]) if blocks == "mlp" else [None] * len(places)
+
+
+def _places(model: nn.Module) -> dict[str, Parameter]:
+    """Where each parameter lies, by its name."""
+    foreign = _reads_no_text(model) and not _generates(model)
+    return {name: _place(model, name, tuple(p.shape), foreign) for name, p in model.named_parameters()}
+
+
+def _place(model: nn.Module, name: str, shape: tuple[int, ...], foreign: bool) -> Parameter:
+    path, _, leaf = name.rpartition(".")
+    above: list[Part] = []
+    layer: Part | None = None
+    inside: list[Part] = []
+    parent = model
+    for attribute, module in _walk(model, path):
+        encoder = "encoder" in attribute or "Encoder" in type(module).__name__
+        part = Part(attribute, type(module).__name__, foreign or (encoder and _reads_no_text(module)))
         if layer is None and isinstance(parent, nn.ModuleList) and attribute.isdigit():
-            layer_path, layer, above, inside = path, int(attribute), inside, []
+            layer = part
         else:
-            inside.append((attribute, type(module).__name__))
+            (above if layer is None else inside).append(part)
         parent = module
-    return _Place(owner, layer_path, layer, tuple(inside), tuple(above))
+    return Parameter(tuple(above), layer, tuple(inside), leaf, shape, type(model).__name__)
 
 
-def _walk(model: nn.Module, path: str) -> Iterator[tuple[str, str, nn.Module]]:
-    module, walked = model, ""
+def _walk(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    module = model
     for attribute in path.split(".") if path else []:
         module = getattr(module, attribute)
-        walked = f"{walked}.{attribute}" if walked else attribute
-        yield walked, attribute, module
+        yield attribute, module
 
 
-def _block_name(name: str, place: _Place, granularity: Granularity) -> str:
+def _reads_no_text(module: nn.Module) -> bool:
+    """As models of transformers say of themselves."""
+    first, kinds = getattr(module, "main_input_name", "input_ids"), getattr(module, "input_modalities", "text")
+    return first not in ("input_ids", "inputs_embeds") or "text" not in (kinds or "text")
+
+
+def _generates(model: nn.Module) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is None or bool(can_generate())
+
+
+def _layer_path(place: Parameter) -> str | None:
+    return None if place.layer is None else ".".join(place.path[: len(place.above) + 1])
+
+
+def _block_name(name: str, place: Parameter, granularity: Granularity) -> str:
     if granularity == "tensor":
         return name
     if granularity == "global":
         return "global"
-    if place.layer_path is None:
-        return place.owner or name
-    if granularity == "module" and place.inside:
-        return f"{place.layer_path}.{place.inside[0][0]}"
-    return place.layer_path
+    layer = _layer_path(place)
+    if layer is None:
+        return ".".join(place.path) or name
+    return f"{layer}.{place.inside[0].attribute}" if granularity == "module" and place.inside else layer
 
 
-def _block(key: str, members: list[tuple[str, _Place]]) -> Block:
-    layers = {place.layer for _, place in members}
+def _block(key: str, members: list[tuple[str, Parameter]]) -> Block:
+    layers = {None if place.layer is None else int(place.layer.attribute) for _, place in members}
     families = {_family(name) for name, _ in members}
     if len(families) == 1:
         family = families.pop()
     else:
         stem = re.sub(r"^.*\.\d+(\.|$)", "", key)
         family = stem or ("layer" if len(layers) == 1 else key)
-    stacks = {None if place.layer_path is None else place.layer_path.rpartition(".")[0] for _, place in members}
+    stacks = {None if (path := _layer_path(place)) is None else path.rpartition(".")[0] for _, place in members}
     layer = layers.pop() if len(layers) == 1 else None
     stack = stacks.pop() if len(stacks) == 1 else None
     return Block(key, layer, family, tuple(name for name, _ in members), stack)
@@ -244,7 +190,8 @@ def _family(name: str) -> str:
 
 
 def _nothing(model: nn.Module, blocks: Selector, frozen: list[str]) -> str:
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    places = {name: place for name, place in _places(model).items() if model.get_parameter(name).requires_grad}
+    names = [*places]
     lora = any(_ADAPTER.match(part) for name in names for part in name.split("."))
     if blocks == "mlp" and lora:
         return (
@@ -256,23 +203,9 @@ def _nothing(model: nn.Module, blocks: Selector, frozen: list[str]) -> str:
             f"blocks: every parameter that {blocks!r} matches is frozen, such as {frozen[0]}; "
             "set requires_grad, or choose the adapter's parameters"
         )
-    some = ", ".join(names[:: max(1, len(names) // 4)][:5]) or "none"
     hint = ""
     if blocks == "mlp":
-        layers = {place.layer_path for place in (_place(model, name) for name in names) if place.layer is not None}
-        hint = (
-            f" Its {len(layers)} layers have no MLP that is told by its structure; a regular expression can say what "
-            "to take."
-            if layers
-            else " 'mlp' needs layers in an nn.ModuleList; give a regular expression instead."
-        )
-        matrices = sorted({_family(name) for name in names if _in_layers(model, name)})
-        if matrices:
-            some_of_them = "|".join([name for name in matrices if name.endswith("_proj")][:2] or matrices[:1])
-            hint += f" Their matrices are called {', '.join(matrices[:8])}; for example blocks={some_of_them!r}."
+        hint = candidates([*places.values()], left_out([*places.values()]), [*map(_family, names)])
+        hint = hint or " 'mlp' needs layers in an nn.ModuleList; give a regular expression instead."
+    some = ", ".join(names[:: max(1, len(names) // 4)][:5]) or "none"
     return f"blocks: {blocks!r} matches no trainable parameter.{hint} Trainable parameters include: {some}"
-
-
-def _in_layers(model: nn.Module, name: str) -> bool:
-    parameter, place = model.get_parameter(name), _place(model, name)
-    return place.layer is not None and _left_out(name, parameter, place) not in ("vector", "norm", None)

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 import pytest
-import torch
 import transformers
+from architectures import names, on_no_device
 from peft import LoraConfig, get_peft_model
 from problems import tiny_model
 from torch import nn
@@ -15,13 +15,6 @@ from torch import nn
 from pcr_torch import select_blocks
 from pcr_torch.blocks import describe_blocks
 
-_SMALL = {
-    "vocab_size": 31,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 _GATED = "down_proj gate_proj up_proj"
 _EXPERTS = "down_proj gate_up_proj"
 _BOTH = "down_proj gate_proj gate_up_proj up_proj"
@@ -35,40 +28,109 @@ CHOSEN = {
     "GptOss": _EXPERTS, "GraniteMoe": _EXPERTS, "Olmoe": _EXPERTS, "MiniMax": _EXPERTS, "Qwen2Moe": _BOTH,
     "Glm4Moe": _BOTH, "Llama4Text": _BOTH, "Qwen3Next": _BOTH, "Jamba": _BOTH, "Ernie4_5_Moe": _BOTH,
     "NemotronH": "down_proj up_proj", "GraniteMoeHybrid": "down_proj gate_up_proj input_linear output_linear",
+    "RobertaPreLayerNorm": "dense", "AXK2": _BOTH, "Blt": _GATED, "Zamba": _GATED,
+    "JetMoe": "input_linear output_linear", "XLMWithLMHeadModel": "lin1 lin2", "MusicgenForCausalLM": "fc1 fc2",
+    "xLSTM": "proj_down proj_up proj_up_gate", "Zamba2": "down_proj gate_up_proj gate_up_proj_adapter_list",
+    "T5ForConditionalGeneration": "wi wo", "BartForConditionalGeneration": "fc1 fc2",
+    "XLNetLMHeadModel": "layer_1 layer_2", "WhisperForConditionalGeneration": "fc1 fc2",
+    "Cohere2VisionForConditionalGeneration": _GATED, "Qwen2AudioForConditionalGeneration": _GATED,
+    "Blip2ForConditionalGeneration": "fc1 fc2", "Qwen2_5OmniForConditionalGeneration": _GATED,
+    "Pix2StructForConditionalGeneration": "wi_0 wi_1 wo", "VisionEncoderDecoderModel": "dense",
+    "EvollaForProteinText2Text": "down_proj fc1 fc2 gate_proj up_proj",
+    "SpeechT5ForSpeechToText": "intermediate_dense output_dense",
+    "Phi4MultimodalForCausalLM": "down_proj gate_up_proj", "MllamaForConditionalGeneration": _GATED,
+    "NllbMoeForConditionalGeneration": "fc1 fc2", "DeepseekV3ForCausalLM": _BOTH,
 }  # fmt: skip
 
 
-def on_no_device(name: str) -> nn.Module:
-    """A model of two layers without memory for its weights."""
-    config = getattr(transformers, f"{name}Config")
-    try:
-        made = config(**_SMALL)
-    except Exception:  # some check that sizes fit those that are not given
-        made = config(vocab_size=31)
-    for option in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(made, option, None):
-            setattr(made, option, 4)
-    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
-    with torch.device("meta"):
-        return model(made)  # type: ignore[no-any-return]
+def architecture(name: str) -> str:
+    return name if hasattr(transformers, name) else f"{name.removesuffix('Text')}ForCausalLM"
+
+
+def below_layer(name: str, stack: str | None) -> str:
+    return name.removeprefix(f"{stack}.").partition(".")[2]
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and sum(size > 1 for size in parameter.shape) > 1
+
+
+def assert_is_mlp(model: nn.Module) -> None:
+    """By what names and classes say, read otherwise than the selection does."""
+    blocks = select_blocks(model)
+    chosen = {name for block in blocks for name in block.parameters}
+    for block in blocks:
+        assert block.layer is not None
+        assert block.stack is not None
+        assert not _FOREIGN.search(block.stack), block.name
+        for name in block.parameters:
+            assert not _NOT_MLP.search(below_layer(name, block.stack)), name
+            assert model.get_parameter(name).ndim > 1
+    stacks = {block.stack for block in blocks}
+    for path, module in model.named_modules():
+        stack = next((s for s in stacks if path.startswith(f"{s}.")), None)
+        if _MLP.search(type(module).__name__) and stack and not _NOT_MLP.search(below_layer(path, stack)):
+            matrices = {id(p) for name, p in module.named_parameters() if is_matrix(p) and _OF_MLP.search(name)}
+            assert matrices <= {id(model.get_parameter(name)) for name in chosen}, path
+    no_text = model.main_input_name != "input_ids" or "Speech" in type(model).__name__
+    foreign = re.compile(f"{_FOREIGN.pattern}|encoder") if no_text else _FOREIGN
+    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for path in lists:  # no stack is missed as a whole
+        inside_of_one = any(path.startswith(f"{other}.") for other in lists)
+        trained = any(is_matrix(p) for p in model.get_submodule(path).parameters())
+        if path not in stacks and not foreign.search(path) and trained and not inside_of_one:
+            inside = [type(module).__name__ for module in model.get_submodule(path).modules()]
+            assert not [kind for kind in inside if _MLP.search(kind)], path
+
+
+_FOREIGN = re.compile(
+    r"vision|visual|image|audio|tower|speech_encoder|qformer|project|connector|protein|codec|wav|merger|talker|acoustic|semantic|timestamp"
+)
+_NOT_MLP = re.compile(r"attn|attention|router|norm|embed|conv|bias|mamba|lstm|altup|laurel|^per_layer|vision|_hc")
+_MLP = re.compile(r"(MLP|Mlp|FFN|FeedForward|Experts|ActDense|Intermediate)$")
+_OF_MLP = re.compile(r"^(?!.*(bias|lora|router|gate\.|scale))")
 
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_mlp_of(name: str) -> None:
-    model = on_no_device(name)
-    blocks = select_blocks(model)
-    assert " ".join(sorted({block.family for block in blocks})) == CHOSEN[name]
-    chosen = [parameter for block in blocks for parameter in block.parameters]
-    assert not [n for n in chosen if re.search(r"attn|attention|router|norm|embed|conv|bias|mamba", n)]
-    assert all(block.layer is not None for block in blocks)
+    model = on_no_device(architecture(name))
+    assert " ".join(sorted({block.family for block in select_blocks(model)})) == CHOSEN[name]
+    assert_is_mlp(model)
+
+
+@pytest.mark.slow
+def test_mlp_of_every_language_model_of_transformers() -> None:
+    tried, wrong = 0, {}
+    for name in names():
+        try:
+            model = on_no_device(name)
+        except Exception:  # parts of other libraries, or a default configuration that fits nothing
+            continue
+        tried += 1
+        try:
+            assert_is_mlp(model)
+        except (AssertionError, ValueError) as error:
+            wrong[name] = str(error).splitlines()[0]
+    without = {name for name, why in wrong.items() if "layers have no MLP" in why and "blocks=" in why}
+    assert without == {"MambaForCausalLM", "Mamba2ForCausalLM", "FalconMambaForCausalLM", "PI0ForConditionalGeneration"}
+    assert wrong.keys() == without, wrong
+    assert tried > 0.9 * len(names())
 
 
 @pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
 def test_a_model_without_an_mlp_names_its_matrices(name: str) -> None:
     with pytest.raises(ValueError, match=r"layers have no MLP") as refused:
-        select_blocks(on_no_device(name))
+        select_blocks(on_no_device(architecture(name)))
     assert re.search(r"blocks='\w+_proj\|\w+_proj'", str(refused.value))
     assert "nn.ModuleList" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "SiglipVisionModel", "Dinov2Model", "Wav2Vec2ForCTC"])
+def test_models_of_pictures_or_sound_alone_need_a_pattern(name: str) -> None:
+    model = on_no_device(name)
+    with pytest.raises(ValueError, match=r"not of the language model.*for example blocks="):
+        select_blocks(model)
+    assert select_blocks(model, r"(fc1|dense)\.weight")
 
 
 def test_lora_on_attention_alone_names_the_adapters() -> None:
