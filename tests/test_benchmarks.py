@@ -47,6 +47,15 @@ def test_shared_noise_runs() -> None:
 
 
 @pytest.mark.slow
+def test_the_share_of_a_whole_step_runs() -> None:
+    small = ("--model", "tiny", "--steps", "1", "--rounds", "1", "--clock", "process")
+    done = subprocess.run([sys.executable, str(FOLDER / "trl_step.py"), *small], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| 1.00 |") >= 2
+    assert "computed" in done.stdout
+
+
+@pytest.mark.slow
 def test_stacked_cotangents_runs() -> None:
     pytest.importorskip("jax")
     small = ("--width", "8", "--hidden", "12", "--responses", "4", "--tokens", "4")

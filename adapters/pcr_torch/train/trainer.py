@@ -18,21 +18,40 @@ from pcr_train.tasks import Problem, Task
 
 
 def make_trainer(
-    settings: Settings, folder: Path, model: Any, tokenizer: Any, task: Task, heldout: Sequence[Problem]
-) -> PCRTrainer:
-    """A trainer that will take `settings.steps` steps on problems of `task`, none of them held out."""
+    settings: Settings,
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    heldout: Sequence[Problem],
+    kind: Any = PCRTrainer,
+    **options: Any,
+) -> Any:
+    """A trainer that will take `settings.steps` steps on problems of `task`, none of them held out.
+
+    Args:
+        settings: of the run.
+        folder: for its checkpoints.
+        model: to train.
+        tokenizer: of the model.
+        task: the problems and their score.
+        heldout: problems that are left out.
+        kind: `PCRTrainer`, or TRL's own to compare it with.
+        options: of the trainer, besides.
+    """
     if settings.router_loss and not hasattr(model.config.get_text_config(), "output_router_logits"):
         raise ValueError(
             f"--router-loss: {settings.model} is no mixture of experts that gives such a loss; leave it out"
         )
     # one row a problem in the order of training: resuming needs no shuffled sampler to be replayed
     rows = list(itertools.islice(task.training(heldout), settings.steps * settings.prompts))
-    trainer = PCRTrainer(
+    trainer = kind(
         model=model,
         reward_funcs=_reward(task, rows),
         args=_config(settings, folder, response_limit(settings, task, tokenizer)),
         train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in rows], "row": list(range(len(rows)))}),
         processing_class=tokenizer,
+        **options,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
