@@ -11,7 +11,7 @@ PINS := pyproject.toml .ci/constraints.txt .ci/without-dependencies.txt
 
 .DEFAULT_GOAL := help
 EXAMPLES ?= 2000
-.PHONY: help demo test lint unit kernels lowest docs conformance mutation clean
+.PHONY: help demo test lint unit kernels lowest docs conformance gpu mutation clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-
 
 docs: $(VENV)-docs/.ready ## the documentation site, in runs/site/index.html; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict --config-file .ci/mkdocs.yml
+
+gpu: ## correctness and costs on an accelerator, with the PyTorch of $(PYTHON), into which pcr-grpo is installed
+	$(PYTHON) -m benchmarks.gpu
 
 mutation: $(VENV)-mutation/.ready ## how many small faults in pcr_core the core's tests notice (hours on one core)
 	rm -rf runs/mutation && mkdir -p runs/mutation && cp -r pcr_core conformance tests .ci pyproject.toml runs/mutation

@@ -1,7 +1,7 @@
 """What does PCR add to a whole step of GRPO: generation, scoring, and the update?
 
-`pcr-train`'s trainer (SmolLM2-135M on chain_sum by default) against TRL's own `GRPOTrainer` with the same settings, data
-and seed, a few steps each, in turns. The first step of each is not counted.
+`pcr-train`'s trainer (SmolLM2-135M on chain_sum by default) against TRL's own `GRPOTrainer` with the same settings,
+data and seed, a few steps each, in turns. The first step of each is not counted.
 """
 
 from __future__ import annotations

@@ -46,6 +46,17 @@ def test_shared_noise_runs() -> None:
     assert done.stdout.count("(") == 12
 
 
+def test_the_tables_of_a_device_run_at_toy_sizes(tmp_path: Path) -> None:
+    parts = ("--toy", "--out", str(tmp_path), "--parts", "correctness", "updates", "products", "resolving")
+    command = [sys.executable, "-m", "benchmarks.gpu", *parts]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tables = json.loads((tmp_path / "gpu.json").read_text())
+    assert all(row["right"] for row in tables["correctness"])
+    assert {"vanilla", "PCR without noise", "PCR with noise"} <= {row["way"] for row in tables["updates"]}
+    assert "## weight products" in (tmp_path / "gpu.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_share_of_a_whole_step_runs() -> None:
     small = ("--model", "tiny", "--steps", "1", "--rounds", "1", "--clock", "process")
