@@ -120,13 +120,10 @@ def without_model_name(name: str, others: tuple[str, ...]) -> str:
         'Output'
     """
     longest = 0
+    starts = [i for i in range(1, len(name)) if name[i].isupper() and not name[i - 1].isupper()]
     for other in others:
-        length = next((i for i, (a, b) in enumerate(zip(name, other)) if a != b), min(len(name), len(other)))
-        while (
-            length and length < len(name) and not (name[length].isupper() and not name[length - 1 : length].isupper())
-        ):
-            length -= 1
-        longest = max(longest, length if length < len(name) else 0)
+        common = [i for i in starts if other.startswith(name[:i]) and not other[i : i + 1].islower()]
+        longest = max([longest, *common])
     return name[longest:]
 
 

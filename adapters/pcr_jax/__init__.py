@@ -9,7 +9,7 @@ except ImportError as error:
     raise ImportError("pcr_jax needs JAX: pip install 'pcr-grpo[jax]'") from error
 
 from pcr_jax import records as _records  # noqa: F401
-from pcr_jax.blocks import Blocks, select_blocks
+from pcr_jax.blocks import Blocks, describe_blocks, select_blocks
 from pcr_jax.dense import dense
 from pcr_jax.gradient_transformation import resolving
 from pcr_jax.pullback import Pulled, pullback
@@ -25,6 +25,7 @@ __all__ = [
     "StepReport",
     "TrainState",
     "dense",
+    "describe_blocks",
     "init_prior",
     "init_state",
     "make_train_step",

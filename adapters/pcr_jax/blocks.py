@@ -1,10 +1,10 @@
 """Which leaves of a pytree of parameters PCR acts on, and how they are grouped into blocks.
 
 JAX models have no common class, so everything goes by the path of a leaf, such as `layers/0/mlp/up/kernel`: the keys,
-indices and attributes that lead to it. "mlp" takes the matrices that lie in a layer, or in a module named mlp, ffn or
-feed_forward, and not in attention, an embedding, a norm or a router. A layer is a list index (`layers/0`, nnx and pure
-JAX), a numbered name (`block_0`, linen), or a stack of all layers in one array (`layers/...`, nn.scan), which makes one
-block of them all.
+indices and attributes that lead to it. "mlp" follows the rules of `pcr_core._structure`, as in torch, and also takes a
+module named mlp, ffn or feed_forward where no layers can be seen. A layer is a list index (`layers/0`, nnx, equinox and
+pure JAX), a numbered name (`block_0` in linen, `h0_mlp` in haiku), or a stack of all layers in one array
+(`layers/...`, nn.scan), which makes one block of them all.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
+from pcr_core._listing import candidates, listing
 from pcr_core._selection import selects
+from pcr_core._structure import Parameter, Part, left_out
 
 Granularity = Literal["tensor", "layer", "global"]
 Selector: TypeAlias = str | Callable[[str, Any], bool | str | None]
 
-_NUMBERED = re.compile(r"^(.*(layer|block)s?_?|h_?)(\d+)$", re.IGNORECASE)
+_NUMBERED = re.compile(r"^((?:.*(?:layer|block)s?_?)|h_?)(\d+)$", re.IGNORECASE)
+_NUMBERED_BEFORE = re.compile(r"^((?:layer|block|h)_?)(\d+)_(\w+)$")  # haiku's h0_mlp
 _STACK = re.compile(r"^(layers|blocks|h)$", re.IGNORECASE)
-_MLP = re.compile(r"(^|_)(mlp|ffn|ffw|feed_?forward)|^mlp", re.IGNORECASE)
-_NOT_MLP = re.compile(r"attn|attention|mixer|mamba|ssm|norm|embed|rotary|^ln", re.IGNORECASE)
-_ROUTER = re.compile(r"^(gate|router|shared_expert_gate)$")
-_ATTENTION_WEIGHT = re.compile(r"^(w_?)?(q|k|v|o|qkv|kv)(_proj|_einsum)?$|^(query|key|value)$")
-_VECTOR = re.compile(r"^(bias|scale|b\d*)$")  # has two dimensions where layers are stacked
 _VARIABLE = re.compile(r"/(raw_)?value$")  # nnx keeps arrays inside variables
 
 
@@ -86,13 +84,18 @@ def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularit
     flat = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
     paths = tuple(path for path, _ in flat)
     members: dict[str, list[int]] = {}
+    places = [_place(path, leaf) for path, leaf in flat]
+    reasons = left_out(places) if blocks == "mlp" else [None] * len(flat)
     for k, (path, leaf) in enumerate(flat):
-        label = selects(blocks, path, leaf, _is_mlp(path, leaf))
+        label = selects(blocks, path, leaf, reasons[k] is None)
         if label is not False and is_floating(leaf):
             members.setdefault(label if isinstance(label, str) else _block_name(path, granularity), []).append(k)
     if not members:
         some = ", ".join(paths[:: max(1, len(paths) // 4)][:5]) or "none"
-        hint = " 'mlp' needs layers; give a regular expression instead." if blocks == "mlp" else ""
+        hint = ""
+        if blocks == "mlp":
+            hint = candidates(places, reasons, [_family(place) for place in places])
+            hint = hint or " 'mlp' needs layers; give a regular expression instead."
         raise ValueError(f"blocks: {blocks!r} matches no floating leaf.{hint} Leaves include: {some}")
     of_leaf: list[int | None] = [None] * len(flat)
     for block, rows in enumerate(members.values()):
@@ -117,34 +120,71 @@ def is_floating(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def _is_mlp(path: str, leaf: Any) -> bool:
+def describe_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularity = "tensor") -> str:
+    """A table of a model's matrices: how many are chosen, and why others are left out; a line for each kind.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> layer = {"attn": jnp.ones((4, 4)), "up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+        >>> print(describe_blocks({"embed": jnp.ones((9, 4)), "layers": [layer, layer]}))
+        parameters     tensors  shape  blocks
+        embed          1        9x4    left out: embedding
+        layers/*/attn  2        4x4    left out: attention
+        layers/*/down  2        8x4    chosen
+        layers/*/up    2        4x8    chosen
+    """
+    found = select_blocks(params, blocks, granularity)
+    flat = jax.tree.leaves(params)
+    reasons = left_out([_place(path, leaf) for path, leaf in zip(found.paths, flat, strict=True)])
+    rows = []
+    for path, leaf, block, reason in zip(found.paths, flat, found.of_leaf, reasons, strict=True):
+        why = "not floating" if not is_floating(leaf) else reason if blocks == "mlp" else f"{blocks!r} does not match"
+        if block is not None or jnp.ndim(leaf) > 1:
+            rows.append((path, jnp.shape(leaf), "chosen" if block is not None else f"left out: {why}"))
+    return listing(rows)
+
+
+def _place(path: str, leaf: Any) -> Parameter:
     keys = path.split("/")
-    depth, _ = _layer(path)
-    inside = keys[depth:]
-    if getattr(leaf, "ndim", 0) < 2 or not inside or _VECTOR.match(keys[-1]):
-        return False
-    if not depth and not any(_MLP.search(key) for key in keys):
-        return False
-    return not any(_NOT_MLP.search(key) or _ROUTER.match(key) or _ATTENTION_WEIGHT.match(key) for key in inside)
+    depth, index, rest = _layer(path)
+    shape = jnp.shape(leaf)
+    if not depth:
+        return Parameter(_parts(keys[:-1]), None, (), keys[-1], shape, needs_layer=False)
+    inside = [rest, *keys[depth:]] if rest else keys[depth:]
+    if not inside:  # an array that is an element of a list
+        return Parameter(_parts(keys[: depth - 1]), None, (), keys[-1], shape)
+    shape = shape[1:] if index is None else shape
+    return Parameter(_parts(keys[: depth - 1]), Part(keys[depth - 1]), _parts(inside[:-1]), inside[-1], shape)
 
 
-def _layer(path: str) -> tuple[int, int | None]:
-    """How many keys lead to the outermost layer (0: it lies in none), and that layer's index (None: a stack)."""
+def _parts(keys: list[str]) -> tuple[Part, ...]:
+    return tuple(Part(key) for key in keys)
+
+
+def _family(place: Parameter) -> str:
+    named = [key for key in (*place.path, place.leaf) if key not in ("kernel", "weight", "w") and not key.isdigit()]
+    return named[-1] if named else place.leaf
+
+
+def _layer(path: str) -> tuple[int, int | None, str]:
+    """How many keys lead to the outermost layer (0: it lies in none), its index (None: a stack), the key's other part."""
     keys = path.split("/")
     for depth, key in enumerate(keys, start=1):
-        numbered = _NUMBERED.match(key)
+        numbered, before = _NUMBERED.match(key), _NUMBERED_BEFORE.match(key)
         if key.isdigit() or numbered:
-            return depth, int(numbered.group(3) if numbered else key)
+            return depth, int(numbered.group(2) if numbered else key), ""
+        if before:
+            return depth, int(before.group(2)), before.group(3)
     for depth, key in enumerate(keys, start=1):
         if _STACK.match(key):
-            return depth, None
-    return 0, None
+            return depth, None, ""
+    return 0, None, ""
 
 
 def _stack(path: str) -> str:
     """What lies above a leaf's layer; "block" of `block_3`."""
     keys = path.split("/")[: _layer(path)[0]]
-    numbered = _NUMBERED.match(keys[-1])
+    numbered = _NUMBERED.match(keys[-1]) or _NUMBERED_BEFORE.match(keys[-1])
     return "/".join([*keys[:-1], numbered.group(1).rstrip("_")] if numbered else keys[:-1])
 
 
@@ -153,6 +193,7 @@ def _block_name(path: str, granularity: Granularity) -> str:
         return path
     if granularity == "global":
         return "global"
-    depth, _ = _layer(path)
+    depth, _, rest = _layer(path)
     keys = path.split("/")
-    return "/".join(keys[:depth] if depth else keys[:-1] or keys)
+    name = "/".join(keys[:depth] if depth else keys[:-1] or keys)
+    return name.removesuffix(f"_{rest}") if rest else name

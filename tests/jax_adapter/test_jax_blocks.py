@@ -10,7 +10,7 @@ import pytest
 import tiny
 from flax import linen, nnx
 
-from pcr_jax import Blocks, select_blocks
+from pcr_jax import Blocks, describe_blocks, select_blocks
 
 
 def matrix(*shape: int) -> Any:
@@ -107,6 +107,80 @@ def test_all_regular_expression_and_callable() -> None:
     assert select_blocks(params, lambda path, leaf: "head" in path).names == ("head",)
 
 
+LAYOUTS: dict[str, tuple[str, str]] = {  # paths of matrices: those of an MLP, and the others
+    "flax Llama": ("model/layers/0/mlp/gate_proj/kernel", "model/layers/0/self_attn/o_proj/kernel"),
+    "flax GPT-2": ("transformer/h/0/mlp/c_fc/kernel", "transformer/h/0/attn/c_proj/kernel transformer/wte/embedding"),
+    "flax BERT": (
+        "bert/encoder/layer/0/intermediate/dense/kernel bert/encoder/layer/0/output/dense/kernel",
+        "bert/encoder/layer/0/attention/output/dense/kernel bert/pooler/dense/kernel",
+    ),
+    "flax T5": (
+        "encoder/block/0/layer/1/DenseReluDense/wi/kernel decoder/block/0/layer/2/DenseReluDense/wo/kernel",
+        "encoder/block/0/layer/0/SelfAttention/o/kernel decoder/block/0/layer/1/EncDecAttention/k/kernel",
+    ),
+    "linen with names of its own": (
+        "params/TransformerBlock_0/MlpBlock_0/Dense_0/kernel params/TransformerBlock_10/MlpBlock_0/Dense_1/kernel",
+        "params/TransformerBlock_0/MultiHeadDotProductAttention_0/query/kernel params/Embed_0/embedding",
+    ),
+    "gemma": (
+        "transformer/layer_0/mlp/gating_einsum transformer/layer_0/mlp/linear",
+        "transformer/layer_0/attn/q_einsum/w transformer/embedder/input_embedding",
+    ),
+    "paligemma": (
+        "params/llm/layers_0/mlp/linear",
+        "params/img/Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel params/img/head/kernel",
+    ),
+    "haiku": (
+        "transformer/h0_mlp/linear/w transformer/h11_mlp/linear_1/w",
+        "transformer/h0_attn/query/w transformer/h0_attn/linear/w transformer/linear/w",
+    ),
+    "equinox": ("blocks/0/mlp/layers/0/weight", "blocks/0/attention/query_proj/weight embed/weight"),
+    "t5x": ("target/decoder/layers_0/mlp/wi_0/kernel", "target/decoder/layers_0/self_attention/out/kernel"),
+    "mixture of experts": (
+        "layers/0/moe/experts/up layers/0/moe/shared_expert/down/kernel",
+        "layers/0/moe/gate/kernel layers/0/moe/router/kernel layers/0/moe/shared_expert_gate/kernel",
+    ),
+    "hybrid": ("layers/0/ffn/w1", "layers/0/mixer/in_proj layers/0/mamba/x_proj layers/0/short_conv/kernel"),
+    "hyper-connections": ("layers/0/ffn/w1", "layers/0/hc_fn layers/0/per_layer_gate/kernel layers/0/norm/mlp/w1"),
+    "SeedOss": ("layers/0/SeedOssMLP/up", "layers/0/linear"),  # no ssm; what lies beside an MLP is none
+    "no layers": ("decoder/mlp/wi/kernel", "decoder/head/kernel"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_rules_of_torch_hold_for_paths(layout: str) -> None:
+    mlp, others = (text.split() for text in LAYOUTS[layout])
+    tree: dict[str, Any] = {}
+    for k, path in enumerate((*mlp, *others)):
+        *parents, leaf = path.split("/")
+        inner = tree
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[leaf] = matrix(4, 5 + k)
+    assert sorted(select_blocks(tree).names) == sorted(mlp)
+    table = describe_blocks(tree)
+    assert table.count("chosen") == len(mlp)
+    assert table.count("left out: ") == len(others)
+
+
+def test_a_gated_mlps_gate_is_no_router() -> None:
+    gated = {"gate": matrix(4, 8), "up": matrix(4, 8), "down": matrix(8, 4)}
+    experts = {"gate": matrix(4, 3), "up": matrix(3, 4, 8), "down": matrix(3, 8, 4)}
+    names = select_blocks({"layers": [{"mlp": gated}, {"mlp": experts}]}).names
+    assert [name for name in names if "gate" in name] == ["layers/0/mlp/gate"]
+    assert len(names) == 5
+
+
+def test_layers_of_haiku_are_told_by_their_number() -> None:
+    tree = {f"h{i}_{part}": {"linear": {"w": matrix()}} for i in (0, 1) for part in ("attn", "mlp")}
+    blocks = select_blocks({"transformer": tree}, granularity="layer")
+    assert (blocks.names, blocks.layers, blocks.stacks) == (
+        ("transformer/h0", "transformer/h1"),
+        (0, 1),
+        ("transformer/h",) * 2,
+    )
+
+
 def test_blocks_are_static_arguments() -> None:
     params = tiny.on_device(tiny.parameters(layers=2))
     assert hash(select_blocks(params)) == hash(select_blocks(params))
@@ -134,6 +208,10 @@ def test_errors_say_what_there_is() -> None:
         select_blocks(params, "ffn")
     with pytest.raises(ValueError, match="'mlp' needs layers"):
         select_blocks({"a": matrix()})
+    with pytest.raises(
+        ValueError, match=r"1 layers have no MLP.*recurrence.*in_proj, out_proj; for example blocks='in_p"
+    ):
+        select_blocks([{"mamba": {"in_proj": matrix(), "out_proj": matrix(), "D": matrix(4)}}])
     with pytest.raises(ValueError, match="not a regular expression"):
         select_blocks(params, "(")
     with pytest.raises(TypeError, match="blocks: expected"):

@@ -39,6 +39,22 @@ def test_help_teaches_by_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert word in text
 
 
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_blocks_list_prints_what_is_chosen_and_why(
+    framework: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)
+    if framework == "jax":
+        monkeypatch.setenv("NPROC", "1")  # which that engine sets for its process
+    monkeypatch.setattr(models, "make_tiny", lambda *a, **k: pytest.fail("trained"), raising=False)
+    assert call(monkeypatch, "--model", "tiny", "--framework", framework, "--blocks", "list") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["parameters", "tensors", "shape", "blocks"]
+    assert [row for row in rows if "up_proj" in row and row.endswith("chosen")]
+    assert [row for row in rows if "q_proj" in row and row.endswith("left out: attention")]
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_run_prints_the_table_and_where_the_files_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
 ):

@@ -6,11 +6,12 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
+from pcr_jax.blocks import Granularity, describe_blocks
 from pcr_jax.train import checkpoint as files
 from pcr_jax.train.generate import generate, pad_left, token_logp
 from pcr_jax.train.loop import Loop, row_keys, stop_tokens
@@ -50,8 +51,6 @@ class JaxEngine:
             )
         if settings.precision != "float32":
             raise ValueError("--precision: --framework jax trains in float32; use --framework torch for bfloat16")
-        if settings.blocks == "list":
-            raise ValueError("--blocks list: not with --framework jax; see pcr_jax.select_blocks")
         if settings.noise_every is not None:
             raise ValueError("--noise-every: --framework jax measures the noise in every step; leave it out")
         if settings.router_loss:
@@ -65,7 +64,7 @@ class JaxEngine:
 
     @staticmethod
     def blocks_table(settings: Settings) -> str:
-        raise NotImplementedError  # refused in `check`
+        return describe_blocks(new_tiny(settings.seed)[1], granularity=cast(Granularity, settings.granularity))
 
     @staticmethod
     def configure(settings: Settings, threads: int | None) -> None:

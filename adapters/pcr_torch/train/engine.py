@@ -16,6 +16,7 @@ from pcr_torch.checkpoints import damaged, is_complete
 from pcr_torch.train import models
 from pcr_torch.train.answers import measuring, respond, text_nll
 from pcr_torch.train.scoring import completions_only
+from pcr_torch.train.tiny import make_tiny
 from pcr_torch.train.trainer import make_trainer
 from pcr_torch.trl import PCRTrainer
 from pcr_train.progress import block_columns
@@ -42,7 +43,10 @@ class TorchEngine:
     def blocks_table(settings: Settings) -> str:
         task = load_task(settings.task, settings.task_options, seed=settings.seed)
         with tempfile.TemporaryDirectory() as scratch:
-            model, _ = models.load(models.prepare(settings, task, Path(scratch) / "start"))
+            start = Path(scratch) / "start"
+            if settings.model == "tiny":
+                make_tiny(task, start, seed=settings.seed, steps=1)  # which matrices it has needs no training
+            model, _ = models.load(models.prepare(settings, task, start))
         return describe_blocks(model, granularity=cast(Granularity, settings.granularity))
 
     @staticmethod
