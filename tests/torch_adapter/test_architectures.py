@@ -84,7 +84,7 @@ def assert_is_mlp(model: nn.Module) -> None:
 
 
 _FOREIGN = re.compile(
-    r"vision|visual|image|audio|tower|speech_encoder|qformer|project|connector|protein|codec|wav|merger|talker|acoustic|semantic|timestamp"
+    r"vision|visual|image|audio|tower|speech_encoder|qformer|project|connector|protein|codec|wav|merger|talker|acoustic|semantic|timestamp|diffusion"
 )
 _NOT_MLP = re.compile(r"attn|attention|router|norm|embed|conv|bias|mamba|lstm|altup|laurel|^per_layer|vision|_hc")
 _MLP = re.compile(r"(MLP|Mlp|FFN|FeedForward|Experts|ActDense|Intermediate)$")
