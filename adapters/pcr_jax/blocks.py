@@ -167,7 +167,7 @@ def _family(place: Parameter) -> str:
 
 
 def _layer(path: str) -> tuple[int, int | None, str]:
-    """How many keys lead to the outermost layer (0: it lies in none), its index (None: a stack), the rest of its key."""
+    """Number of keys that lead to the outermost layer (0: none), its index (None: a stack), and the rest of its key."""
     keys = path.split("/")
     for depth, key in enumerate(keys, start=1):
         numbered, before = _NUMBERED.match(key), _NUMBERED_BEFORE.match(key)
