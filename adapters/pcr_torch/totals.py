@@ -63,12 +63,20 @@ def pull_totals(
         may_join = len(cotangents) == 2 and (fresh or joined is not None) and not (fsdp or hooked)
         chain = segments(logp, names.keys()) if may_join else None
         if chain is not None:
-            joined = larger(cotangents) if joined is None else joined
-            with _adding(parameters, totals[joined]):
-                single = sum_and_single(chain, logp, cotangents, 1 - joined)
-            for leaf, gradient in single:
-                name = names[id(leaf)]
-                add_total(totals[1 - joined], name, gradient.to(total_dtype(parameters[name])))
+            single = 1 - larger(cotangents)
+            same = joined in (None, 1 - single)
+            whole: Total = totals[1 - single] if same else {}
+            with _adding(parameters, whole):
+                found = sum_and_single(chain, logp, cotangents, single)
+            alone = {names[id(leaf)]: g.to(total_dtype(leaf)) for leaf, g in found}
+            if same:
+                _add(totals[single], alone)
+                return 1 - single
+            # the totals have the other stream alone: of this microbatch that is the larger, which is a difference
+            _add(
+                totals[1 - single], {name: g - alone[name] if name in alone else g.clone() for name, g in whole.items()}
+            )
+            _add(totals[single], whole)
             return joined
         part(totals, joined)
         for k, cotangent in enumerate(cotangents):
@@ -76,6 +84,11 @@ def pull_totals(
             with _adding(parameters, totals[k]), kept_whole(fsdp if again else ()):
                 torch.autograd.backward(logp, cotangent, retain_graph=again)
         return None
+
+
+def _add(total: Total, parts: Total) -> None:
+    for name, gradient in parts.items():
+        add_total(total, name, gradient)
 
 
 def part(totals: Sequence[Total], joined: int | None) -> None:
@@ -86,9 +99,12 @@ def part(totals: Sequence[Total], joined: int | None) -> None:
 
 
 def larger(cotangents: Sequence[Tensor]) -> int:
-    """Index of the stream that is left to a difference; waits for an accelerator."""
-    norms = [torch.linalg.vector_norm(cotangent, dtype=total_dtype(cotangent)) for cotangent in cotangents]
-    return int(norms[1] > norms[0])
+    """Index of the stream that is left to a difference; waits for an accelerator.
+
+    The first where it is zero: a microbatch whose rewards are all equal says nothing of the next ones.
+    """
+    first, second = (torch.linalg.vector_norm(cotangent, dtype=total_dtype(cotangent)) for cotangent in cotangents)
+    return int((first > 0) & (second > first))
 
 
 def sum_and_single(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pcr_core
 from pcr_torch import PCR
 from pcr_torch.segments import segments
-from pcr_torch.totals import pull_totals
+from pcr_torch.totals import part, pull_totals
 
 RULE = pcr_core.PCR(alpha=0.7)
 
@@ -119,6 +119,26 @@ def test_the_smaller_stream_is_the_one_taken_alone() -> None:
     p, s = cotangents_of("ordinary")
     assert pull_totals(data.logp(model), (p, 1e-3 * s), parameters, ({}, {})) == 0
     assert pull_totals(data.logp(model), (1e-3 * p, s), parameters, ({}, {})) == 1
+
+
+def test_streams_of_all_microbatches_keep_their_digits() -> None:
+    """No reward tells the first one's responses apart; of another one the larger stream is the smaller of all."""
+    model, data = tiny_model("llama"), batch()
+    p, s = cotangents_of("ordinary")
+    parts = [(0 * p, 1e-4 * s), (p, 1e-4 * s), (1e-6 * p, 1e-4 * s)]
+    parameters = {n: q for n, q in model.named_parameters() if "mlp" in n}
+    totals: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    joined = None
+    for k, cotangents in enumerate(parts):
+        joined = pull_totals(data.logp(model), cotangents, parameters, totals, joined=joined, fresh=k == 0)
+    assert joined == 0
+    part(totals, joined)
+    exact = tiny_model("llama", dtype=torch.float64)
+    logp = data.logp(exact)
+    for stream, found in enumerate(totals):
+        expected = plain(exact, logp, sum(each[stream] for each in parts))
+        for name, gradient in found.items():
+            assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), (stream, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
