@@ -27,13 +27,13 @@ lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/mypy pcr_core adapters/pcr_torch adapters/pcr_jax adapters/pcr_train conformance/pcr_conformance
 
 unit: $(VENV)/.dev ## doctests and tests; SLOW=1 adds the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --doctest-modules \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 20 --durations-min 2 --doctest-modules \
 		--ignore conformance/pcr_conformance/test_laws.py \
 		$(if $(SLOW),,-m "not slow") pcr_core adapters conformance tests
 
 kernels: $(VENV)/.dev $(VENV)-triton/.ready ## the GPU kernels in Triton's interpreter on a CPU, and whether they compile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(abspath $(VENV)-triton) \
-		$(BIN)/python -m pytest -q tests/torch_adapter/test_kernels.py
+		$(BIN)/python -m pytest -q -n $(JOBS) tests/torch_adapter/test_kernels.py
 
 conformance: $(VENV)/.dev ## every law on all of our adapters with EXAMPLES cases each; report in runs/conformance
 	OMP_NUM_THREADS=1 XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/pcr-conformance run \
