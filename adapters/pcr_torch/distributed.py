@@ -64,15 +64,18 @@ class Ranks:
 def unwrap(model: nn.Module, process_group: dist.ProcessGroup | None) -> tuple[nn.Module, Ranks | None]:
     """The module whose parameters are meant, and its ranks; None for a model that is on one process alone.
 
+    Compiled wrappers are looked through.
+
     Raises:
         ValueError: a wrapper that is not supported, with the reason.
     """
+    model = uncompiled(model)
     if isinstance(model, nn.DataParallel):
         raise ValueError("model: DataParallel copies the model within one process; use DistributedDataParallel")
     if isinstance(model, DistributedDataParallel):
         _refuse_ddp(model)
         _refuse_second_group(process_group, "DistributedDataParallel")
-        return model.module, Ranks((model.process_group,), next(model.parameters()).device)
+        return uncompiled(model.module), Ranks((model.process_group,), next(model.parameters()).device)
     modules = list(model.modules())
     if any(isinstance(module, FullyShardedDataParallel) for module in modules):
         raise ValueError(
@@ -95,6 +98,13 @@ def unwrap(model: nn.Module, process_group: dist.ProcessGroup | None) -> tuple[n
             "with copies of this model, and PCR averages over them itself"
         )
     return model, None
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile, or accelerate by regions, has made another of."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
 
 
 def local(tensor: Tensor) -> Tensor:

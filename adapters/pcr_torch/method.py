@@ -20,7 +20,7 @@ from pcr_core.statistics import Strata
 from pcr_torch.batch import check_batch, strata_of
 from pcr_torch.blocks import Granularity, Selector, describe_blocks, select_blocks
 from pcr_torch.combine import longest, of_sum
-from pcr_torch.distributed import average, local, sharded_modules, unwrap
+from pcr_torch.distributed import average, local, sharded_modules, uncompiled, unwrap
 from pcr_torch.kernels import WORKSPACE
 from pcr_torch.meter import Meter
 from pcr_torch.parameters import check_parameters
@@ -126,7 +126,8 @@ class PCR:
         if isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1:
             raise ValueError(f"workspace: expected a positive number of elements, got {workspace!r}")
         self.model, self._ranks = unwrap(model, process_group)
-        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        outer = uncompiled(model)
+        self._ddp = outer if isinstance(outer, DistributedDataParallel) else None
         self.rule = rule
         self.strata = strata
         self._meter = Meter.of(rule, noise_every)

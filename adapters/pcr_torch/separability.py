@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pcr_core import needs_noise
+
 NEITHER = "PCR resolves the gradients of a reward and a KL term of one forward pass; what belongs to neither is refused"
 _KERNELS = (
     "fused kernels may overwrite in one backward pass what a second one needs, which "
@@ -32,8 +34,6 @@ def refuse_config(config: Any) -> None:
         raise ValueError("fp16: the loss scaler would scale one loss of two; use bf16=True or float32")
     if config.entropy_coef != 0 or config.use_adaptive_entropy:
         raise ValueError("entropy_coef: the entropy bonus belongs to neither stream; set it to 0")
-    if config.torch_compile:
-        raise ValueError("torch_compile: compiled layers bypass the probes; not supported yet")
     if config.use_liger_kernel or (config.model_init_kwargs or {}).get("use_kernels"):
         raise ValueError(f"model_init_kwargs, use_liger_kernel: {_KERNELS}")
     optimizer = str(getattr(config.optim, "value", config.optim))
@@ -58,6 +58,24 @@ def refuse_config(config: Any) -> None:
             )
 
 
+def refuse_noise(config: Any, compiler: str) -> None:
+    """ValueError where the noise is to be measured in a model that `compiler`, an option, compiles."""
+    why = f"{compiler}: the noise of the gradients is measured in linear layers that run uncompiled"
+    if needs_noise(config.make_rule()):
+        raise ValueError(
+            f"{why}, and rule={config.rule!r} with these options reads it in every step. Take one that needs none, "
+            "such as rule='pcr' with a number as alpha, or do not compile"
+        )
+    if config.noise_every:
+        raise ValueError(f"{why}, and noise_every={config.noise_every} asks for it; set it to 0, or do not compile")
+
+
+def compiler_of(accelerator: Any) -> str | None:
+    """The option by which accelerate was asked to compile the model."""
+    plugin = getattr(accelerator.state, "dynamo_plugin", None)
+    return None if plugin is None or plugin.backend.value == "NO" else f"dynamo_backend {plugin.backend.value.lower()}"
+
+
 def refuse_frozen_within(model: Any, before: Sequence[bool], now: Sequence[bool]) -> None:
     """ValueError for a layer that was frozen between two micro-batches of a step."""
     for (name, _), trained, trains in zip(model.named_parameters(), before, now, strict=True):
@@ -79,11 +97,6 @@ def refuse_trainer(trainer: Any) -> None:
         raise ValueError(
             "parallelism_config: tensor, context and sequence parallel split a response over processes, and its "
             "gradient's norm with it; use data parallel dimensions only"
-        )
-    compiler = getattr(accelerator.state, "dynamo_plugin", None)
-    if compiler is not None and compiler.backend.value != "NO":
-        raise ValueError(
-            f"dynamo_backend: {compiler.backend.value}: compiled layers bypass the probes; not supported yet"
         )
     if trainer.args.n_gpu > 1:
         raise ValueError("DataParallel copies the model within one process; start one process a GPU")

@@ -11,7 +11,9 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -28,7 +30,7 @@ from pcr_torch.lent_batch import lent
 from pcr_torch.method import PCR, Norms
 from pcr_torch.pullback import total_dtype
 from pcr_torch.report import Report
-from pcr_torch.separability import refuse_config, refuse_frozen_within, refuse_trainer
+from pcr_torch.separability import compiler_of, refuse_config, refuse_frozen_within, refuse_noise, refuse_trainer
 from pcr_torch.shared_forward import Ones, SharedForward
 from pcr_torch.terms import is_reentrant, leaves
 
@@ -75,6 +77,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             raise TypeError(f"args: expected a pcr_torch.trl.PCRConfig (with beta > 0), got {type(config).__name__}")
         config.check()  # options may be set after a config was made
         refuse_config(config)
+        if config.torch_compile:
+            refuse_noise(config, "torch_compile")
         _without_reentrant(config)
         self._sampler: Any = None  # of prompts, in training; None for a stream of them
         self._shared: SharedForward | None = None  # while a loss is evaluated
@@ -86,6 +90,9 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         self.reference_digests: dict[str, str] | None = None  # taken at the first checkpoint
         super().__init__(*args, **kwargs)
         refuse_trainer(self)
+        self._compiler = compiler_of(self.accelerator)
+        if self._compiler is not None:
+            _without_noise(config, self._compiler)
         self.method: PCR | None = None
         self._bound: Any = None
         self._trained: tuple[bool, ...] = ()
@@ -123,6 +130,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             with (
                 _replaced(self, compute_loss=watched, training_step=stepping),
                 _replaced(self.accelerator, backward=self._accumulate),
+                _kept_buffers() if self._compiler is not None else nullcontext(),
             ):
                 return super().train(checkpoint, *args, **kwargs)
         finally:
@@ -252,7 +260,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         """TRL's; within a loss, of the trained model, one forward pass a text, whose graph is kept for the streams."""
         real = super()._get_per_token_logps_and_entropies
         request = dict(zip(_REQUEST, args, strict=False)) | kwargs  # classes below may take *args, **kwargs
-        plain = self.accelerator.unwrap_model
+        plain = partial(self.accelerator.unwrap_model, keep_torch_compile=False)
         if self._shared is None or not torch.is_grad_enabled() or plain(request["model"]) is not plain(self.model):
             return real(*args, **kwargs)
         entropies = request.pop("compute_entropy", False)
@@ -444,6 +452,28 @@ def _without_reentrant(config: PCRConfig) -> None:
                 "%s: use_reentrant=True hides which response a row of an activation belongs to; taking False, which "
                 "has the same gradients", name,
             )  # fmt: skip
+
+
+def _without_noise(config: PCRConfig, compiler: str) -> None:
+    refuse_noise(config, compiler)
+    if config.noise_every is None:
+        config.noise_every = 0
+        _log.warning(
+            "%s: in a compiled model the noise of the gradients is not measured; taking noise_every=0", compiler
+        )
+
+
+@contextmanager
+def _kept_buffers() -> Iterator[None]:
+    """Whatever is compiled keeps what a second backward pass needs.
+
+    Inductor writes into "donated" buffers in the first. Neither its cache on disk nor what this process has compiled
+    before knows whether it did, so both are left aside.
+    """
+    functorch, inductor = (import_module(name) for name in ("torch._functorch.config", "torch._inductor.config"))
+    torch._dynamo.reset()
+    with functorch.patch(donated_buffer=False), inductor.patch(fx_graph_cache=False):
+        yield
 
 
 def _state(model: Any) -> list[Any]:

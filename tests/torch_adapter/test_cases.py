@@ -192,6 +192,29 @@ def test_fullgraph_says_what_to_do() -> None:
     assert_batch_right(PCR(compiled, blocks=r"layers.*weight", norms="loop", rule=RULE), data)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("how", [whole, in_place])
+def test_fullgraph_without_noise(how: Callable[..., Any], backend: str) -> None:
+    """Nothing is put into the model, and blocks have the names of the model itself."""
+    model, data = Small(Layer(), Layer()), batch()
+    compiled = torch.compile(model, backend=backend, fullgraph=True) if how is whole else model
+    if how is in_place:
+        model.compile(backend=backend, fullgraph=True)
+    updates = []
+    for each in (compiled, Small(Layer(), Layer())):
+        method = PCR(each, blocks=r"layers.*weight", rule=pcr_core.PCR(alpha=0.7), noise_every=0)  # type: ignore[arg-type]
+        assert all(block.name.startswith("layers.") for block in method.blocks)
+        for _ in range(2):
+            logp = data.logp(each)  # type: ignore[arg-type]
+            method.accumulate(logp, data.objective(logp), group_ids=data.group_ids)
+        assert method.resolve().path == "autograd"
+        updates.append([p.grad for p in method.model.parameters()])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for got, expected in zip(*updates, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 # -- tied weights --------------------------------------------------------------------------------------------------
 
 

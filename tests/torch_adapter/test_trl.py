@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import trl.trainer.grpo_trainer as stock
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -325,7 +323,6 @@ def test_bad_configurations_are_refused(options: dict[str, Any], message: str) -
     ("options", "message"),
     [
         ({"entropy_coef": 0.1}, "entropy_coef: the entropy bonus belongs to neither stream"),
-        ({"torch_compile": True}, "torch_compile"),
         ({"model_init_kwargs": {"use_kernels": True}}, "fused kernels may overwrite"),
         ({"optim": "galore_adamw_layerwise"}, "steps within the backward pass"),
         ({"optim": "lomo"}, "steps within the backward pass"),
@@ -376,26 +373,6 @@ def test_a_loss_with_a_term_of_its_own_is_refused(
     setattr(Own, method, with_term)
     with pytest.raises(ValueError, match=message):
         train(Own, PCRConfig, folder, tmp_path)
-
-
-@pytest.fixture
-def _fresh_accelerator() -> Iterator[None]:
-    """Its state is the process's, and made once."""
-    states = AcceleratorState, PartialState, GradientState
-    for state in states:
-        state._reset_state()
-    yield
-    for state in states:
-        state._reset_state()
-
-
-@pytest.mark.usefixtures("_fresh_accelerator")
-def test_compilers_that_accelerate_is_asked_for_are_refused(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    with pytest.raises(ValueError, match="dynamo_backend: EAGER: compiled layers bypass the probes"):
-        train(PCRTrainer, PCRConfig, folder, tmp_path)
 
 
 def test_fp16_deepspeed_and_liger_are_refused(folder: Path, tmp_path: Path) -> None:
