@@ -36,7 +36,7 @@ kernels: $(VENV)/.dev $(VENV)-triton/.ready ## the GPU kernels in Triton's inter
 		$(BIN)/python -m pytest -q -n $(JOBS) tests/torch_adapter/test_kernels.py
 
 conformance: $(VENV)/.dev ## every law on all of our adapters with EXAMPLES cases each; report in runs/conformance
-	OMP_NUM_THREADS=1 XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/pcr-conformance run \
+	OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/pcr-conformance run \
 		--adapter numpy --adapter array-api-strict --adapter torch --adapter torch-compile --adapter torch-compile-aot \
 		--adapter torch-in-place --adapter jax --adapter jax-jit --adapter jax-x32 --adapter jax-x32-jit \
 		--adapter jax-resolve --adapter jax-donated --adapter jax-sharded --examples $(EXAMPLES) --seed $(SEED) \

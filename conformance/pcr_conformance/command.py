@@ -35,6 +35,10 @@ def conformance() -> None:
 @app.command()
 def run(
     adapter: Annotated[list[str], typer.Option(help="module:factory, or a name such as numpy, torch, jax; repeatable")],
+    device: Annotated[
+        str | None,
+        typer.Option(help="where arrays lie: cpu, cuda:0; torch's, jax's and cupy's adapters, and factories"),
+    ] = None,
     examples: Annotated[int, typer.Option(min=1, help="random cases of each law")] = 100,
     seed: Annotated[int, typer.Option(help="of the random cases")] = 0,
     junit: Annotated[Path | None, typer.Option(help="write JUnit XML")] = None,
@@ -45,7 +49,7 @@ def run(
     """Run every law on every adapter; the exit code is 1 where one fails, 2 where the question makes no sense."""
     console, errors = Console(), Console(stderr=True)
     try:
-        adapters = [load(spec) for spec in adapter]
+        adapters = [load(spec, device) for spec in adapter]
         known = read_xfails(xfails) if xfails else []
         check_matched(known, adapters)
     except (OSError, TypeError, ValueError) as error:
@@ -59,7 +63,9 @@ def run(
                 progress.update(task, description=f"{one.name}: {law.name}")
                 verdicts.append(judge(law, one, examples, seed, known))
                 progress.advance(task)
-    table = Table("adapter", "device, mode", "law", "level", "dtype", "worst error / bound", "examples", "verdict")
+    table = Table(
+        "adapter", "library", "device, mode", "law", "level", "dtype", "worst error / bound", "examples", "verdict"
+    )
     for row in report.rows(verdicts):
         table.add_row(*row, style=_STYLES.get(row[-1], "dim" if row[-1] in ("skipped", "xfailed") else ""))
     console.print(table)

@@ -18,6 +18,7 @@ _NEEDS = ("objective", "grad", "compile", "sharded", "in_place", "float64", "bfl
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pcr", "conformance with Probabilistic Conflict Resolution")
     group.addoption("--pcr-adapter", action="append", default=[], metavar="MODULE:FACTORY", help="repeatable")
+    group.addoption("--pcr-device", default=None, metavar="DEVICE", help="where arrays lie, such as cpu or cuda:0")
     group.addoption("--pcr-examples", type=int, default=10, help="random cases of each law (default 10)")
     group.addoption("--pcr-seed", type=int, default=0, help="of the random cases (default 0)")
     group.addoption("--pcr-xfails", default=None, metavar="FILE", help="TOML with [[xfail]] adapter, law, reason")
@@ -41,7 +42,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = config.getoption("--pcr-adapter")
     file = config.getoption("--pcr-xfails")
     try:
-        adapters = [load(spec) for spec in asked or [name for name in NAMES if missing(name) is None]]
+        specs = asked or [name for name in NAMES if missing(name) is None]
+        adapters = [load(spec, config.getoption("--pcr-device")) for spec in specs]
         xfails = read_xfails(Path(file)) if file else []
         check_matched(xfails, adapters)
     except (OSError, TypeError, ValueError) as error:

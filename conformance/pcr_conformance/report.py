@@ -31,7 +31,7 @@ th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #ddd 
 pre { white-space: pre-wrap; background: #f5f5f5; padding: .7rem }
 </style>
 <h1>Conformance</h1><p>$badge</p><p>$environment</p>
-<table><thead><tr><th>adapter</th><th>device, mode</th><th>law</th><th>level</th><th>dtype</th>
+<table><thead><tr><th>adapter</th><th>library</th><th>device, mode</th><th>law</th><th>level</th><th>dtype</th>
 <th>worst error / bound</th><th>examples</th><th>verdict</th></tr></thead><tbody>$rows</tbody></table>$failures</html>
 """)
 
@@ -53,8 +53,19 @@ def worst(verdicts: Sequence[Verdict]) -> float:
 
 
 def badge(verdicts: Sequence[Verdict], day: datetime.date) -> str:
-    """For a README: which levels hold, when it was checked, and how near the bounds it came."""
-    return f"pcr conformance: {'+'.join(levels(verdicts)) or 'none'}, {day}, worst error/bound {worst(verdicts):.3g}"
+    """For a README: which levels hold, on what, when it was checked, and how near the bounds it came."""
+    return (
+        f"pcr conformance: {'+'.join(levels(verdicts)) or 'none'}, {places(verdicts)}, {day}, "
+        f"worst error/bound {worst(verdicts):.3g}"
+    )
+
+
+def places(verdicts: Sequence[Verdict]) -> str:
+    """What was checked, where and how: "torch 2.11.0 on cpu (eager, jit)", by library and device."""
+    modes: dict[str, dict[str, None]] = {}
+    for v in verdicts:
+        modes.setdefault(f"{v.library or v.adapter} on {v.device}", {})[v.mode] = None
+    return "; ".join(f"{where} ({', '.join(how)})" for where, how in modes.items())
 
 
 def environment() -> dict[str, str]:
@@ -77,7 +88,9 @@ def rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
     for v in verdicts:
         for dtype, ratio in v.worst.items() or (("", math.nan),):
             near = "" if math.isnan(ratio) else f"{ratio:.3g}"
-            out.append((v.adapter, f"{v.device}, {v.mode}", v.law, v.level, dtype, near, str(v.examples), v.outcome))
+            out.append(
+                (v.adapter, v.library, f"{v.device}, {v.mode}", v.law, v.level, dtype, near, str(v.examples), v.outcome)
+            )
     return out
 
 
@@ -106,6 +119,9 @@ def as_junit(verdicts: Sequence[Verdict]) -> str:
         failures=str(sum(v.bad for v in verdicts)),
         skipped=str(sum(v.outcome in ("skipped", "xfailed") for v in verdicts)),
     )
+    properties = ElementTree.SubElement(suite, "properties")
+    for adapter, where in {v.adapter: f"{v.library}, {v.device}, {v.mode}" for v in verdicts}.items():
+        ElementTree.SubElement(properties, "property", name=adapter, value=where.removeprefix(", "))
     for v in verdicts:
         case = ElementTree.SubElement(suite, "testcase", classname=v.adapter, name=v.law, time=f"{v.seconds:.3f}")
         if v.bad:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pcr_conformance import report
 from pcr_conformance.adapter import CAPABILITIES, Defaults
 from pcr_conformance.dense import DenseAdapter
-from pcr_conformance.libraries import load
+from pcr_conformance.libraries import load, missing
 from pcr_conformance.mutants import MUTANTS, Mutant, attack
 from pcr_conformance.registry import LAWS
 from pcr_conformance.verdict import Xfail, check_matched, judge, judge_all, read_xfails
@@ -149,6 +153,71 @@ def test_the_command_writes_reports_and_fails_with_a_law(tmp_path: Path) -> None
     assert testing.CliRunner().invoke(app, ["run", "--adapter", "nothing"]).exit_code == 2
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch", "torch-in-place", "torch-compile", "jax", "jax-resolve"])
+def test_a_device_is_where_the_arrays_lie(name: str) -> None:
+    if missing(name):
+        pytest.skip(str(missing(name)))
+    adapter = load(name, "cpu")
+    law = next(law for law in LAWS if law.name == "update_is_the_combination")
+    verdict = judge(law, adapter, 2, 0)
+    assert not verdict.bad, verdict.message
+    assert "cpu" in verdict.device.lower()
+    where = f"{name.split('-')[0]} {version(name.split('-')[0])}"
+    assert verdict.library == where
+    assert f"{where} on {verdict.device} ({verdict.mode})" in report.badge([verdict], datetime.date(2026, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "reason"),
+    [
+        ("numpy", "cuda:0", "numpy has arrays on the CPU only"),
+        ("torch", "cuda:99", "torch (finds|.* is built without CUDA)"),
+        ("torch", "mps", "64-bit floats"),
+        ("torch", "gpu0", "gpu0"),
+        ("torch", "cuda:x", "a kind and a number"),
+        ("jax", "tpu:0", "no platform 'tpu'"),
+        ("jax", "cpu:99", r"device\(s\) of 'cpu', counted from 0"),
+        ("jax-sharded", "cuda:0", "four devices of the host|XLA_FLAGS"),
+        (f"{__name__}:Crashing", "cuda:0", "its factory takes no device"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_with_the_reason(spec: str, device: str, reason: str) -> None:
+    if ":" not in spec and find_spec(spec.split("-")[0]) is None:
+        pytest.skip(f"{spec} is not installed")
+    with pytest.raises(ValueError, match=reason):
+        load(spec, device)
+
+
+class OnDevice(Crashing):
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+
+def test_a_factory_that_takes_a_device_is_given_it() -> None:
+    assert load(f"{__name__}:OnDevice", "cuda:7").device == "cuda:7"
+    assert load(f"{__name__}:OnDevice").device == "cpu"
+
+
+def test_the_command_takes_a_device(tmp_path: Path) -> None:
+    testing = pytest.importorskip("typer.testing")
+    pytest.importorskip("torch")
+    from pcr_conformance.command import app
+
+    paths = {name: tmp_path / f"report.{name}" for name in ("json", "junit", "html")}
+    options = [x for name, path in paths.items() for x in (f"--{name}", str(path))]
+    ran = testing.CliRunner().invoke(app, ["run", "--adapter", "torch", "--device", "cpu", "--examples", "1", *options])
+    assert ran.exit_code == 0, ran.output
+    where = f"torch {version('torch')}"
+    assert f"{where} on cpu (eager)" in ran.output
+    (seen,) = {(v["library"], v["device"], v["mode"]) for v in json.loads(paths["json"].read_text())["verdicts"]}
+    assert seen == (where, "cpu", "eager")
+    for name in ("junit", "html"):
+        assert where in paths[name].read_text()
+    refused = testing.CliRunner().invoke(app, ["run", "--adapter", "torch", "--device", "cuda:99"])
+    assert refused.exit_code == 2
+    assert "adapter 'torch' on device 'cuda:99'" in refused.output
+
+
 def test_the_plugin_costs_others_no_framework() -> None:
     code = """
 import sys, pcr_conformance.plugin
@@ -162,7 +231,7 @@ sys.exit(f"imports {heavy}" if heavy else 0)
 def test_sharded_jax_on_four_devices() -> None:
     pytest.importorskip("jax")
     code = """
-from pcr_conformance.libraries import load
+from pcr_conformance.libraries import load, missing
 from pcr_conformance.verdict import judge_all
 bad = [v for v in judge_all([load("jax-sharded")], 2, 0) if v.bad]
 raise SystemExit("\\n".join(f"{v.law}: {v.message}" for v in bad) or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from functools import cache
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pcr_conformance.adapter import Adapter, missing_members
+from pcr_conformance.devices import refused
 
 #: name: the library it needs, the class, and its arguments
 _MAKERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -51,27 +53,40 @@ def missing(name: str) -> str | None:
 
 
 @cache
-def library(name: str) -> Adapter:
+def library(name: str, device: str | None = None) -> Adapter:
     """The adapter of one of `NAMES`; kept, so that what it compiled is used again."""
-    _, place, options = _MAKERS[name]
+    needs, place, options = _MAKERS[name]
+    if device is not None and needs in ("torch", "jax", "cupy"):  # the others have one device
+        options = options | {"device": device}
     module, attribute = place.split(":")
     made: Adapter = getattr(import_module(f"pcr_conformance.{module}"), attribute)(**options)
     return made
 
 
 @cache
-def load(spec: str) -> Adapter:
+def load(spec: str, device: str | None = None) -> Adapter:
     """An adapter of ours by name, or "module:factory", where factory makes an adapter or is one.
 
+    Args:
+        spec: a name or "module:factory".
+        device: where its arrays shall lie, such as "cuda:0"; a factory is called with `device=`. None leaves it to
+            the adapter.
+
     Raises:
-        ValueError: no such name, module or attribute, or the adapter's library is missing.
+        ValueError: no such name, module, attribute or device, or the adapter's library is missing.
         TypeError: the object lacks something of the protocol; says what, with the signature to write.
     """
     if spec in _MAKERS:
         reason = missing(spec)
         if reason:
             raise ValueError(f"adapter {spec!r}: {reason}")
-        return library(spec)
+        if device is not None:
+            reason = refused(_MAKERS[spec][0], device)
+            if spec == "jax-sharded" and device != "cpu":
+                reason = "its arrays are split over four devices of the host"
+            if reason:
+                raise ValueError(f"adapter {spec!r} on device {device!r}: {reason}")
+        return library(spec, device)
     module, _, attribute = spec.partition(":")
     if not attribute:
         raise ValueError(f"adapter {spec!r}: expected module:factory, or one of {', '.join(NAMES)}")
@@ -79,8 +94,14 @@ def load(spec: str) -> Adapter:
         factory = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"adapter {spec!r}: {error}") from error
+    options = {} if device is None else {"device": device}
+    if options and not (callable(factory) and _takes_device(factory)):
+        raise ValueError(
+            f"adapter {spec!r} on device {device!r}: its factory takes no device; give it a parameter of that name, or "
+            "leave --device out"
+        )
     try:
-        made = factory() if callable(factory) else factory
+        made = factory(**options) if callable(factory) else factory
     except Exception as error:
         raise ValueError(f"adapter {spec!r}: its factory raised {type(error).__name__}: {error}") from error
     lacking = missing_members(made)
@@ -89,3 +110,8 @@ def load(spec: str) -> Adapter:
         raise TypeError(f"adapter {spec!r}: {type(made).__name__} does not implement the protocol; it lacks{lines}")
     found: Adapter = made
     return found
+
+
+def _takes_device(factory: Any) -> bool:
+    parameters = inspect.signature(factory).parameters.values()
+    return any(p.name == "device" or p.kind is p.VAR_KEYWORD for p in parameters)

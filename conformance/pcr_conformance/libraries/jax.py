@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
@@ -12,22 +13,25 @@ import numpy as np
 from pcr_conformance.adapter import Resolved
 from pcr_conformance.cases import Case, ObjectiveCase
 from pcr_conformance.dense import DenseAdapter, Function, objective_flat
+from pcr_conformance.devices import jax_device
 from pcr_core import BlockStatistics, Rule, Weights
 
 
 class JaxAdapter(DenseAdapter):
     """JAX, eager or under jit, with 64-bit floats or without (where sums are float32)."""
 
-    def __init__(self, *, jit: bool = False, x64: bool = True) -> None:
+    def __init__(self, *, jit: bool = False, x64: bool = True, device: str | None = None) -> None:
         import jax
 
         self.jax = jax
+        self.library = f"jax {jax.__version__}"
+        self._asked = device
         self.x64 = x64
         self.compiled = jit
         self.name = "jax" + ("" if x64 else "-x32") + ("-jit" if jit else "")
         self.dtypes = ("float64", "float32", "bfloat16", "float16")[0 if x64 else 1 :]
         self.accumulator = "float64" if x64 else "float32"
-        self.plain = JaxAdapter(x64=x64) if jit else None
+        self.plain = JaxAdapter(x64=x64, device=device) if jit else None
         self.capabilities = frozenset({"objective", "grad", "compile"} if jit else {"objective", "grad"})
         self._jitted: dict[Function, Any] = {}
         self._derivatives: dict[Any, Any] = {}
@@ -35,9 +39,15 @@ class JaxAdapter(DenseAdapter):
     @cached_property
     def device(self) -> str:  # type: ignore[override]
         """Asked for late: it starts JAX, whose threads and devices are settled from then on."""
-        return str(self.jax.devices()[0])
+        return str(self.jax.devices()[0] if self._asked is None else jax_device(self._asked))
 
-    def scope(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        place = nullcontext() if self._asked is None else self.jax.default_device(jax_device(self._asked))
+        with self._precision(), place:
+            yield
+
+    def _precision(self) -> AbstractContextManager[Any]:
         if hasattr(self.jax, "enable_x64"):
             context: AbstractContextManager[Any] = self.jax.enable_x64(self.x64)
             return context
@@ -89,14 +99,16 @@ class ResolveAdapter(JaxAdapter):
     `devices` > 1 splits the coordinates over them; `donate` gives up the plasticity gradient's memory for the update.
     """
 
-    def __init__(self, devices: int = 1, donate: bool = False) -> None:
-        super().__init__()
+    def __init__(self, devices: int = 1, donate: bool = False, device: str | None = None) -> None:
+        super().__init__(device="cpu" if devices > 1 else device)  # several are those of the host
         self.name = "jax-donated" if donate else "jax-resolve" if devices == 1 else "jax-sharded"
         self.dtypes = ("float64", "float32")
         self.donate = donate
         self.capabilities = frozenset({"in_place"} if donate else {"sharded"} if devices > 1 else {})
-        self.plain = ResolveAdapter() if self.capabilities else None
-        self.mesh = self.jax.make_mesh((devices,), ("model",)) if devices > 1 else None
+        self.plain = ResolveAdapter(device=self._asked) if self.capabilities else None
+        self.mesh = None
+        if devices > 1:
+            self.mesh = self.jax.make_mesh((devices,), ("model",), devices=self.jax.devices("cpu")[:devices])
         self._jitted_resolve: Any = None
 
     def _split(self, x: Any) -> Any:

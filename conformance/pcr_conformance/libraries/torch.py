@@ -11,7 +11,7 @@ import numpy as np
 from pcr_conformance.adapter import Resolved
 from pcr_conformance.cases import Case, ObjectiveCase
 from pcr_conformance.dense import DenseAdapter, Function, objective_flat
-from pcr_conformance.rounding import Summation
+from pcr_conformance.rounding import SEQUENTIAL, Summation
 from pcr_core import BlockStatistics, Rule, Weights
 
 
@@ -27,6 +27,10 @@ class TorchAdapter(DenseAdapter):
 
         self.torch = torch
         self.device = device
+        self.library = f"torch {torch.__version__}"
+        if device.startswith("cuda"):
+            self.summation = SEQUENTIAL  # its reductions are trees of an unstated shape
+            self.library += f", {torch.cuda.get_device_name(device)}"
         self.backend = backend
         self.compiled = backend is not None
         self.name = "torch" if backend is None else f"torch-compile-{backend}"
@@ -82,11 +86,11 @@ class InPlaceAdapter(TorchAdapter):
     accumulator = "float32"  # the totals are gradients, and those are float32
     summation = Summation("blocked", 1024)
 
-    def __init__(self, in_place: bool = True) -> None:
-        super().__init__()
+    def __init__(self, in_place: bool = True, device: str = "cpu") -> None:
+        super().__init__(device=device)
         self.name = "torch-in-place" if in_place else "torch-out-of-place"
         self.capabilities = frozenset({"in_place"} if in_place else {})
-        self.plain = InPlaceAdapter(in_place=False) if in_place else None
+        self.plain = InPlaceAdapter(in_place=False, device=device) if in_place else None
 
     def _statistics(self, case: Case, dtype: str) -> tuple[list[tuple[Any, Any]], BlockStatistics[Any]]:
         from pcr_torch.combine import gradient_products
@@ -95,7 +99,9 @@ class InPlaceAdapter(TorchAdapter):
         totals = []
         for block in case.blocks():
             totals.append(tuple(x[:, block].double().sum(0).to(x.dtype) for x in (p, s)))
-        dense = BlockStatistics(*(self.torch.as_tensor(x) for x in vars(super().statistics(case, dtype)).values()))
+        dense = BlockStatistics(
+            *(self.torch.as_tensor(x, device=self.device) for x in vars(super().statistics(case, dtype)).values())
+        )
         products = self.torch.stack([gradient_products(*pair) for pair in totals]).T
         stats = replace(dense, plasticity_sq=products[0], stability_sq=products[1], dot=products[2])
         return totals, stats
@@ -123,7 +129,7 @@ class InPlaceAdapter(TorchAdapter):
             parts.append(parameter.grad)
             reused.append(parameter.grad.data_ptr() == where)
         update = self.torch.cat(parts)
-        weights = replace(weights, finite=weights.finite & self.torch.tensor(written))
+        weights = replace(weights, finite=weights.finite & self.torch.tensor(written, device=self.device))
         return Resolved(
             self.to_numpy(update),
             Weights(*(self.to_numpy(getattr(weights, f.name)) for f in fields(weights))),
