@@ -23,6 +23,7 @@ from pcr_torch.combine import longest, of_sum
 from pcr_torch.distributed import average, local, sharded_modules, uncompiled, unwrap
 from pcr_torch.kernels import WORKSPACE
 from pcr_torch.meter import Meter
+from pcr_torch.overwritten import watch_saved
 from pcr_torch.parameters import check_parameters
 from pcr_torch.pullback import Pulled, Total, backward_others, per_response, total_dtype
 from pcr_torch.recorder import Recorder
@@ -176,6 +177,7 @@ class PCR:
         self._microbatches = 0
         self._skipped = False  # whether the noise of one of them was not measured
         self._torn = False  # whether a micro-batch ended within its backward passes
+        self._watched = False  # whether functions that overwrite what they saved were looked for
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = False
         self._probe()
@@ -365,6 +367,9 @@ class PCR:
         strata = self._measurable(logp, group_ids) if noise else None
         self._skipped |= noise and strata is None
         self._torn = True
+        if self.measuring and not self._watched and logp.grad_fn is not None:
+            watch_saved(logp)
+            self._watched = True
         if not self.measuring:
             self._pull_weighted(streams, logp, cotangents)
         elif strata is None:

@@ -10,8 +10,8 @@ from pcr_core import needs_noise
 
 NEITHER = "PCR resolves the gradients of a reward and a KL term of one forward pass; what belongs to neither is refused"
 _KERNELS = (
-    "fused kernels may overwrite in one backward pass what a second one needs, which "
-    "autograd does not notice; use the model's own layers"
+    "fused kernels may overwrite in one backward pass what a second one needs, which autograd does not notice; what "
+    "a model gets from the hub is not known beforehand; use the model's own layers"
 )
 SEPARABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
@@ -34,8 +34,16 @@ def refuse_config(config: Any) -> None:
         raise ValueError("fp16: the loss scaler would scale one loss of two; use bf16=True or float32")
     if config.entropy_coef != 0 or config.use_adaptive_entropy:
         raise ValueError("entropy_coef: the entropy bonus belongs to neither stream; set it to 0")
-    if config.use_liger_kernel or (config.model_init_kwargs or {}).get("use_kernels"):
-        raise ValueError(f"model_init_kwargs, use_liger_kernel: {_KERNELS}")
+    if (config.model_init_kwargs or {}).get("use_kernels"):
+        raise ValueError(f"model_init_kwargs: {_KERNELS}")
+    checkpointing = any(getattr(config, f"{name}_checkpointing", False) for name in ("gradient", "activation"))
+    without = any((config.liger_kernel_config or {}).get(name) is False for name in ("swiglu", "geglu"))
+    if config.use_liger_kernel and not (checkpointing or without):
+        raise ValueError(
+            "use_liger_kernel: the backward passes of Liger's SwiGLU and GEGLU overwrite what they saved, which the "
+            "second of two passes needs. Set gradient_checkpointing=True, with which it is computed anew, or "
+            "liger_kernel_config={'swiglu': False} ('geglu' for Gemma's models)"
+        )
     optimizer = str(getattr(config.optim, "value", config.optim))
     if optimizer.endswith("layerwise") or optimizer in ("lomo", "adalomo"):
         raise ValueError(f"optim: {optimizer!r} steps within the backward pass, before the gradients are resolved")

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 import pcr_core
 from pcr_torch import PCR
 from pcr_torch.distributed import local
-from pcr_torch.separability import refuse_trainer
+from pcr_torch.separability import refuse_config, refuse_trainer
 from pcr_torch.trl import PCRConfig, PCRTrainer, shuffle_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -379,14 +379,21 @@ def test_fp16_deepspeed_and_liger_are_refused(folder: Path, tmp_path: Path) -> N
     for name, value, message in (
         ("fp16", True, "loss scaler"),
         ("deepspeed", {"x": 1}, "engine owns the backward"),
-        ("use_liger_kernel", True, "fused kernels may overwrite"),
+        ("use_liger_kernel", True, "Liger's SwiGLU and GEGLU overwrite what they saved"),
     ):
-        bad = config()
+        bad = config(gradient_checkpointing=False)
         setattr(bad, name, value)  # transformers itself needs a GPU, DeepSpeed or Liger to accept these
         with pytest.raises(ValueError, match=message):
             PCRTrainer(
                 model=str(folder), reward_funcs=reward, args=bad, train_dataset=Dataset.from_dict({"prompt": ["a"]})
             )
+
+
+@pytest.mark.parametrize("way", [{"gradient_checkpointing": True}, {"liger_kernel_config": {"geglu": False}}])
+def test_liger_is_taken_where_nothing_that_it_overwrites_is_needed_again(way: dict[str, Any]) -> None:
+    taken = config(**{"gradient_checkpointing": False} | way)
+    taken.use_liger_kernel = True
+    refuse_config(taken)
 
 
 @pytest.mark.parametrize(
