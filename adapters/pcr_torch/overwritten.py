@@ -52,16 +52,28 @@ class _Watch:
         if not torch.equal(torch.stack(now), torch.stack(before)):
             raise ValueError(
                 f"model: the backward pass of {self._name} overwrites the tensors that it saved, which autograd does "
-                "not notice, so the second of the two passes that PCR takes would be wrong. Use the model's own layers "
-                "in place of this kernel, or checkpoint the layers that use it (what is recomputed is new in each pass)"
+                f"not notice, so the second of the two passes that PCR takes would be wrong. {_way_out(self._name)}"
             )
 
     def _fingerprints(self) -> list[Tensor]:
         node: Any = self._node()
-        saved = [raw.unpack() for raw in node._raw_saved_tensors if raw.unpack_hook is None]
+        hooked = any(raw.unpack_hook is not None for raw in node._raw_saved_tensors)
+        saved: list[Any] = [] if hooked else list(node.saved_tensors)
         for value in vars(node).values():
             saved += value if isinstance(value, (list, tuple)) else [value]
         return [_sum_of_bits(t) for t in saved if isinstance(t, Tensor)]
+
+
+def _way_out(name: str) -> str:
+    if name.endswith(".CompiledFunction"):
+        return (
+            "Set torch._functorch.config.donated_buffer=False and torch._inductor.config.fx_graph_cache=False before "
+            "the model is compiled (the cache on disk does not tell graphs of the one kind from the other)"
+        )
+    return (
+        "Use the model's own layers in place of this kernel, or checkpoint the layers that use it (what is recomputed "
+        "is new in each pass)"
+    )
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:

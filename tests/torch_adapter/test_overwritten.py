@@ -24,13 +24,14 @@ class Doubled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
+        product = nn.functional.silu(gate) * up
+        ctx.save_for_backward(gate, up, product)
         ctx.gate, ctx.parts = gate.detach().clone(), [up.detach().clone()]
-        return nn.functional.silu(gate) * up
+        return product
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
+        gate, up, _ = ctx.saved_tensors
         if Doubled.where == "attribute":
             gate = ctx.gate
         elif Doubled.where == "list":
