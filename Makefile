@@ -48,7 +48,7 @@ lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-
 docs: $(VENV)-docs/.ready ## the documentation site, in runs/site/index.html; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict --config-file .ci/mkdocs.yml
 
-gpu: ## correctness and costs on an accelerator, with the PyTorch of $(PYTHON), into which pcr-grpo is installed
+gpu: ## correctness and costs on an accelerator, with the PyTorch and transformers of $(PYTHON) (under 5 minutes)
 	$(PYTHON) -m benchmarks.gpu
 
 mutation: $(VENV)-mutation/.ready ## how many small faults in pcr_core the core's tests notice (hours on one core)

@@ -9,88 +9,21 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, vjp, vmap
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import pcr_core
 import peers
-from measure import Way, compare, keep_freed_memory, show
-from pcr_torch import PCR
-
-LAYERS, HIDDEN, MLP = 8, 512, 1536
-
-
-class Problem:
-    """The model, a batch of responses, and what the ways have in common."""
-
-    def __init__(self, device: str, responses: int, tokens: int, vocabulary: int, micro_batches: int) -> None:
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=vocabulary,
-            hidden_size=HIDDEN,
-            intermediate_size=MLP,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            tie_word_embeddings=False,
-        )
-        self.model = Qwen2ForCausalLM(config).to(device)
-        self.tokens = torch.randint(vocabulary, (responses, tokens + 1), device=device)
-        self.group_ids = torch.arange(responses, device=device) // 4
-        self.advantages = torch.randn(responses, device=device)
-        self.noise = [0.1 * torch.randn(responses, tokens, device=device) for _ in range(2)]
-        self.parameters = dict(self.model.named_parameters())
-        self.blocks = [name for name in self.parameters if ".mlp." in name]
-        size = responses // micro_batches
-        self.parts = [slice(start, start + size) for start in range(0, responses, size)]
-
-    def logp(self, rows: slice = slice(None)) -> Tensor:
-        return _logp(self.model(input_ids=self.tokens[rows], use_cache=False).logits, self.tokens[rows])
-
-    def cotangents(self, logp: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Of the rows, with the normalisation of the whole batch."""
-        now = logp.detach()
-        objective = pcr_core.grpo_objective(
-            now,
-            now + self.noise[0][rows],
-            now + self.noise[1][rows],
-            self.advantages[rows],
-            torch.ones_like(now, dtype=torch.bool),
-            beta=0.05,
-        )
-        share = logp.shape[0] / self.tokens.shape[0]
-        return share * objective.plasticity_cotangent, share * objective.stability_cotangent
-
-
-def _logp(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+from measure import compare, keep_freed_memory, show
+from update import Problem, Way, pcr, plain, token_logp, two_passes, vanilla
 
 
 def ways(p: Problem) -> dict[str, Way]:
     """Every way by the name it has in the table."""
-
-    def vanilla() -> None:
-        for rows in p.parts:
-            logp = p.logp(rows)
-            plasticity, stability = p.cotangents(logp, rows)
-            logp.backward(plasticity + stability)
-
-    def two_passes() -> None:
-        leaves = list(p.parameters.values())
-        for rows in p.parts:
-            logp = p.logp(rows)
-            plasticity, stability = p.cotangents(logp, rows)
-            one = torch.autograd.grad(logp, leaves, plasticity, retain_graph=True)
-            for leaf, first, second in zip(leaves, one, torch.autograd.grad(logp, leaves, stability), strict=True):
-                both = first.add_(second)
-                leaf.grad = both if leaf.grad is None else leaf.grad.add_(both)
 
     def loop() -> None:
         """Micro-batches of one response: what one writes first."""
@@ -118,7 +51,7 @@ def ways(p: Problem) -> dict[str, Way]:
         def of_one(row: Tensor, a: Tensor, b: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             def forward(values: dict[str, Tensor]) -> Tensor:
                 out = functional_call(p.model, values, (), {"input_ids": row[None], "use_cache": False})
-                return _logp(out.logits, row[None])[0]
+                return token_logp(out.logits, row[None])[0]
 
             pull = vjp(forward, weights)[1]
             return pull(a)[0], pull(b)[0]
@@ -130,30 +63,15 @@ def ways(p: Problem) -> dict[str, Way]:
                 (one[name] * two[name]).flatten(1).sum(1)
             leaf.grad = one[name].sum(0) + two[name].sum(0)
 
-    def pcr(**options: object) -> Way:
-        @contextmanager
-        def bound() -> Iterator[Callable[[], None]]:
-            method = PCR(p.model, **options)  # type: ignore[arg-type]
-
-            def job() -> None:
-                for rows in p.parts:
-                    logp = p.logp(rows)
-                    method.accumulate_cotangents(logp, *p.cotangents(logp, rows), group_ids=p.group_ids[rows])
-                method.resolve()
-
-            yield _cleared(p, job)
-            method.remove()
-
-        return bound
-
-    upper = rf"layers\.({'|'.join(str(i) for i in range(LAYERS // 2, LAYERS))})\.mlp"
     return {
-        "vanilla: one backward pass": _plain(p, vanilla),
-        "two backward passes, no norms": _plain(p, two_passes),
-        "PCR, all MLP weights": pcr(),
-        "PCR, MLP weights of the upper half, streams merged below": pcr(blocks=upper),
-        "loop over responses": _plain(p, loop),
-        "torch.func vmap": _plain(p, vectorised),
+        "vanilla: one backward pass": vanilla(p),
+        "two backward passes, no norms": two_passes(p),
+        "PCR, all MLP weights": pcr(p, noise_every=1),
+        "PCR, MLP weights of the upper half, streams merged below": pcr(p, blocks=p.upper, noise_every=1),
+        "PCR without noise, all MLP weights": pcr(p, noise_every=0),
+        "PCR without noise, the upper half": pcr(p, blocks=p.upper, noise_every=0),
+        "loop over responses": plain(p, loop),
+        "torch.func vmap": plain(p, vectorised),
     }
 
 
@@ -162,46 +80,16 @@ def amortised_ways(p: Problem) -> dict[str, Way]:
     for name, leaf in p.parameters.items():
         leaf.requires_grad_(name in p.blocks)
 
-    def vanilla() -> None:
+    def vanilla_updates() -> None:
         for _ in range(4):
             logp = p.logp()
             logp.backward(sum(p.cotangents(logp)))
             p.model.zero_grad(set_to_none=True)
 
-    def pcr(every: int) -> Way:
-        @contextmanager
-        def bound() -> Iterator[Callable[[], None]]:
-            method = PCR(p.model, granularity="global", every=every)
-
-            def job() -> None:
-                for _ in range(4):
-                    logp = p.logp()
-                    method.accumulate_cotangents(logp, *p.cotangents(logp), group_ids=p.group_ids)
-                    method.resolve()
-                    p.model.zero_grad(set_to_none=True)
-
-            yield job
-            method.remove()
-
-        return bound
-
-    return {"4 x vanilla": _plain(p, vanilla), "4 x PCR": pcr(1), "4 x PCR, every=4": pcr(4)}
-
-
-def _plain(p: Problem, job: Callable[[], None]) -> Way:
-    @contextmanager
-    def bound() -> Iterator[Callable[[], None]]:
-        yield _cleared(p, job)
-
-    return bound
-
-
-def _cleared(p: Problem, job: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        p.model.zero_grad(set_to_none=True)
-        job()
-
-    return run
+    found = {"4 x vanilla": plain(p, vanilla_updates)}
+    for name, every in (("4 x PCR", 1), ("4 x PCR, every=4", 4)):
+        found[name] = pcr(p, updates=4, granularity="global", every=every)
+    return found
 
 
 def _chosen(names: Iterable[str], only: list[str] | None) -> list[str]:

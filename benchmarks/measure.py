@@ -16,7 +16,6 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
 
 Way = Callable[[], AbstractContextManager[Callable[[], None]]]
@@ -44,6 +43,8 @@ def compare(ways: Mapping[str, Way], *, repeats: int, device: str, held: int) ->
         device: "cpu" or "cuda".
         held: bytes that all ways hold before they start, such as the model's parameters.
     """
+    from rich.progress import track  # the tables of a GPU do without
+
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     memory: dict[str, int] = {}
     for name, way in track(list(ways.items()), "memory, and warming up", transient=True):

@@ -16,7 +16,7 @@ import torch
 from measure import Way
 
 if TYPE_CHECKING:
-    from grpo_step import Problem
+    from update import Problem
 
 
 def ways(problem: Callable[[], Problem]) -> dict[str, Way]:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers")
+from benchmarks.gpu import isolated
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.tables import Table
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SMALL_STEP = ("grpo_step.py", "--responses", "4", "--tokens", "4", "--vocabulary", "64", "--repeats", "1")
 
@@ -46,15 +53,56 @@ def test_shared_noise_runs() -> None:
     assert done.stdout.count("(") == 12
 
 
-def test_the_tables_of_a_device_run_at_toy_sizes(tmp_path: Path) -> None:
-    parts = ("--toy", "--out", str(tmp_path), "--parts", "correctness", "updates", "products", "resolving")
-    command = [sys.executable, "-m", "benchmarks.gpu", *parts]
+GPU_PARTS = ("updates-right", "kernels-right", "updates", "counts", "resolving", "products")
+
+
+def tables_of_a_device(*options: str, out: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--toy", "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
     assert done.returncode == 0, done.stdout + done.stderr
-    tables = json.loads((tmp_path / "gpu.json").read_text())
-    assert all(row["right"] for row in tables["correctness"])
-    assert {"vanilla", "PCR without noise", "PCR with noise"} <= {row["way"] for row in tables["updates"]}
-    assert "## weight products" in (tmp_path / "gpu.md").read_text()
+    assert (out / "gpu.md").read_text().splitlines()[2:] != []
+    parts: dict[str, Any] = json.loads((out / "gpu.json").read_text())["parts"]
+    return parts
+
+
+def test_the_tables_of_a_device_run_at_toy_sizes(tmp_path: Path) -> None:
+    parts = tables_of_a_device("--parts", *GPU_PARTS, out=tmp_path)
+    for part in GPU_PARTS:
+        assert not parts[part]["said"], part
+        assert all(table["rows"] and not table["wrong"] for table in parts[part]["tables"]), part
+    (right,) = parts["updates-right"]["tables"]
+    assert {row[0] for row in right["rows"]} >= {"Llama", "Llama, tied", "Qwen2", "GPT-2", "Mixtral"}
+    assert all(row[-1] for row in right["rows"])
+    assert len(parts["updates"]["tables"][0]["rows"]) == 7
+
+
+def test_a_part_of_a_device_without_time_is_said_to_be_left_out(tmp_path: Path) -> None:
+    parts = tables_of_a_device("--parts", "products", "--budget-seconds", "0", out=tmp_path)
+    assert parts["products"]["said"].startswith("cut")
+    assert parts["machine"]["tables"]
+
+
+@pytest.mark.slow
+def test_the_laws_of_a_device_run_at_toy_sizes(tmp_path: Path) -> None:
+    (laws,) = tables_of_a_device("--parts", "laws", out=tmp_path)["laws"]["tables"]
+    assert {row[0]: row[-1] for row in laws["rows"]}["torch"]
+
+
+def test_a_part_that_fails_or_hangs_keeps_what_it_has_found() -> None:
+    def broken(_: Context) -> Iterator[Table]:
+        yield Table("found", ["what"], [["this"]])
+        raise ValueError("broken")
+
+    def hanging(_: Context) -> Iterator[Table]:
+        yield Table("found", ["what"], [["this"]])
+        time.sleep(60)
+
+    now = time.monotonic()
+    for part, said, failed in ((broken, "ValueError: broken", True), (hanging, "its time was up", False)):
+        tables, why, wrong = isolated.run(part, Context("cpu", True, 0, now, now - 10))
+        assert [table.rows for table in tables] == [[["this"]]]
+        assert said in why
+        assert wrong is failed
 
 
 @pytest.mark.slow
