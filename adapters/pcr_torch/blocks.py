@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from pcr_core._listing import candidates, listing
 from pcr_core._selection import selects
@@ -58,7 +60,7 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
             one "global" block. A callable that returns names overrides it.
 
     Raises:
-        ValueError: nothing matches, or everything that matches is frozen.
+        ValueError: nothing matches, everything that matches is frozen, or a trainable parameter is quantised.
         TypeError: `blocks` is neither a string nor a callable.
 
     Example:
@@ -79,6 +81,7 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
         if not parameter.requires_grad:
             frozen.append(name)
             continue
+        _refuse_quantised(name, parameter)
         key = label if isinstance(label, str) else _block_name(name, place, granularity)
         chosen.setdefault(key, []).append((name, place))
     if not chosen:
@@ -189,6 +192,17 @@ def _family(name: str) -> str:
     return ".".join(parts[-2:]) if len(parts) > 1 and _ADAPTER.match(parts[-1]) else parts[-1]
 
 
+def _refuse_quantised(name: str, parameter: nn.Parameter) -> None:
+    """ValueError for a trainable parameter whose numbers are not those of an ordinary tensor."""
+    kind = type(parameter)
+    ordinary = kind.__torch_dispatch__ is nn.Parameter.__torch_dispatch__ or issubclass(kind, (DTensor, FakeTensor))
+    if not ordinary or hasattr(parameter, "quant_state"):
+        raise ValueError(
+            f"blocks: {name} is quantised (a {kind.__name__}), and gradients are combined of ordinary numbers; freeze it "
+            "and train LoRA adapters, which may be blocks over quantised weights, or leave it out of the blocks"
+        )
+
+
 def _nothing(model: nn.Module, blocks: Selector, frozen: list[str]) -> str:
     places = {name: place for name, place in _places(model).items() if model.get_parameter(name).requires_grad}
     names = [*places]
@@ -197,6 +211,11 @@ def _nothing(model: nn.Module, blocks: Selector, frozen: list[str]) -> str:
         return (
             "blocks: 'mlp' matches no trainable parameter, since the LoRA adapters lie outside the MLPs, such as "
             f"{names[0]}. Give blocks='lora_' for all adapters, or adapt the MLPs (target_modules)"
+        )
+    if frozen and not model.get_parameter(frozen[0]).is_floating_point():
+        return (
+            f"blocks: {frozen[0]}, which {blocks!r} matches, is quantised and cannot be trained; put LoRA adapters on "
+            "such layers (target_modules), or choose the parameters of the adapters that are there"
         )
     if frozen:
         return (

@@ -115,5 +115,3 @@ def refuse_trainer(trainer: Any) -> None:
         raise ValueError("mixed precision with a loss scaler (fp16) would scale one loss of two; use bf16 or float32")
     if getattr(trainer.model, "use_kernels", False):
         raise ValueError(f"model: {_KERNELS}")
-    if getattr(trainer.model, "is_quantized", False):
-        raise ValueError("model: quantised weights are not supported yet; load it in bf16 or float32")

@@ -417,7 +417,6 @@ def test_ways_to_split_a_model_that_hide_gradients_are_refused(state: dict[str, 
     [
         ({"distributed_type": SimpleNamespace(value="MEGATRON_LM")}, "engine owns the backward pass"),
         ({"scaler": object()}, "loss scaler"),
-        ({"model": SimpleNamespace(is_quantized=True)}, "quantised weights are not supported yet"),
         ({"model": SimpleNamespace(use_kernels=True)}, "fused kernels may overwrite"),
     ],
 )
