@@ -198,8 +198,8 @@ def _refuse_quantised(name: str, parameter: nn.Parameter) -> None:
     ordinary = kind.__torch_dispatch__ is nn.Parameter.__torch_dispatch__ or issubclass(kind, (DTensor, FakeTensor))
     if not ordinary or hasattr(parameter, "quant_state"):
         raise ValueError(
-            f"blocks: {name} is quantised (a {kind.__name__}), and gradients are combined of ordinary numbers; freeze it "
-            "and train LoRA adapters, which may be blocks over quantised weights, or leave it out of the blocks"
+            f"blocks: {name} is quantised (a {kind.__name__}), and gradients are combined of ordinary numbers; freeze "
+            "it and train LoRA adapters, which may be blocks over quantised weights, or leave it out of the blocks"
         )
 
 
