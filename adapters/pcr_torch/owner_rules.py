@@ -8,7 +8,7 @@ activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from pcr_torch.owner_moves import MOVES, moved
 from pcr_torch.probe import is_probe
 from pcr_torch.rows import (
     ELEMENTWISE,
@@ -40,9 +41,11 @@ _MORE_ELEMENTWISE = {
     "Round", "Selu", "Sgn", "Sign", "Sin", "Sinh", "Tan", "Threshold", "Xlogy",
 }
 _ALONG = {  # operations within the dimensions that they save, of the input
-    "Amax", "Amin", "Cummax", "Cumprod", "Cumsum", "Flip", "Gather", "Glu", "LinalgVectorNorm", "LogSoftmax",
-    "Logcumsumexp", "Logsumexp", "Max", "Mean", "Norm", "Prod", "Roll", "SafeSoftmax", "Scatter", "Select",
-    "Softmax", "Sort", "Split", "SplitWithSizes", "Std", "Sum", "Topk", "Unbind", "Var",
+    "Cummax", "Cumprod", "Cumsum", "Gather", "Glu", "LogSoftmax", "Logcumsumexp", "SafeSoftmax", "Scatter", "Softmax",
+    "Sort", "Split", "SplitWithSizes", "Topk", "Unbind",
+}
+_REDUCING = {
+    "Amax", "Amin", "LinalgVectorNorm", "Logsumexp", "Max", "Mean", "Min", "Norm", "Prod", "Std", "Sum", "Var",
 }
 _ATTENTION = {
     "ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention", "ScaledDotProductEfficientAttention",
@@ -53,8 +56,8 @@ _ATTENTION = {
 _IDENTITIES = {("torch.distributed.fsdp._fully_shard._fsdp_param_group", "RegisterPostBackwardFunction")}
 _BY_ELEMENT = {("transformers.models.bloom.modeling_bloom", "GeLUFunction")}
 _APART = {"Split", "SplitWithSizes", "Unbind"}
-_LINEAR = {"Addmm": 1, "Linear": 0, "Mm": 0, "GroupedMm": 0}  # which of their inputs has rows
-_BATCHED = {"Bmm": (0, 1), "Baddbmm": (0, 1, 2)}
+_LINEAR = {"Addmm": 1, "Linear": 0, "Mm": 0, "Mv": 0, "GroupedMm": 0}  # which of their inputs has rows
+_BATCHED = {"Bmm": 0, "Baddbmm": 1}  # which of their inputs is the first factor
 
 
 class Follow:
@@ -87,6 +90,9 @@ class Follow:
         items = self._of_items(owners) if found is None else None
         if items is not None:  # attention mixes the tokens of an item, also those that are nobody's
             found = self._below(node, kind, items, out, shapes)
+        if found is None and kind in MOVES:
+            back = moved(node, owners, NOBODY)
+            found = back and [None if mine is None or mine.ndim == 0 else self._fewest(mine) for mine in back]
         return [unknown] * len(inputs) if found is None else found
 
     def _together(self, node: Any, outputs: dict[int, Owners | str | None]) -> Owners | None:
@@ -123,22 +129,39 @@ class Follow:
         if first is None:
             return None
         if kind in _ALONG:
-            dims = dims_of(node, len(first))
-            within = all(dim >= lead for dim in dims) and all(s is None or s[:lead] == out[:lead] for s in shapes)
-            return [owners] * len(shapes) if within else None
+            return self._along(dims_of(node, len(first)), owners, out, shapes)
+        if kind in _REDUCING:
+            return self._reduced(dims_of(node, len(first)), owners, out, shapes)
         if kind in RESHAPING:
             return [self._reshaped(owners, out, first)]
         if kind in _ATTENTION:
-            batched = lead == 1 and all(s is None or s[0] == out[0] for s in shapes[:3])
+            batched = lead <= len(out) - 2 and all(s is None or s[:lead] == out[:lead] for s in shapes[:3])
             return [owners] * 3 + [f"{kind}'s bias"] * (len(shapes) - 3) if batched else None
         if kind in _BATCHED:
-            of = _BATCHED[kind]
-            return (
-                [owners if k in of and s is not None and s[0] == out[0] else None for k, s in enumerate(shapes)]
-                if (lead == 1)
-                else None
-            )
+            return self._batched(_BATCHED[kind], owners, out, shapes)
         return None
+
+    def _along(self, dims: list[int], owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
+        """What works along dimensions may mix their rows where these are one response's, as in time-major order."""
+        lead, mixed = owners.ndim, tuple(dim for dim in dims if dim < owners.ndim)
+        if any(s is not None and [*_without(s, mixed, lead)] != [*_without(out, mixed, lead)] for s in shapes):
+            return None
+        if mixed:
+            only = owners.max(axis=mixed, keepdims=True)  # NOBODY is below all
+            if not ((owners == only) | (owners == NOBODY)).all():
+                return None
+            owners = only
+        return [None if s is None else self._fewest(np.broadcast_to(owners, s[:lead])) for s in shapes]
+
+    def _reduced(self, dims: list[int], owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
+        """Rows of whatever a sum was taken over belong to whom the sum belongs."""
+        shape = shapes[0]
+        if shape is None:
+            return None
+        for dim in sorted(dims) if len(out) < len(shape) else ():
+            if dim <= owners.ndim:
+                owners = np.expand_dims(owners, dim)
+        return [self._fewest(np.broadcast_to(owners, shape[: owners.ndim]))]
 
     def _matrix(self, owners: Owners, shapes: Sequence[Shape | None], k: int) -> _Below | None:
         """Of a product of input number `k` with what is the same for all rows; it mixes the last dimension."""
@@ -146,6 +169,14 @@ class Follow:
         if shape is not None and (shape[: owners.ndim] != owners.shape or len(shape) == owners.ndim):
             return None
         return [owners if j == k else None for j in range(len(shapes))]
+
+    def _batched(self, first: int, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
+        """Products of matrices: the second factor's rows are everybody's who has a row of the first."""
+        items = owners if owners.ndim == 1 else self._of_items(owners)
+        if owners.ndim > 2 or (owners.ndim == 2 and items is None and shapes[first + 1] is not None):
+            return None
+        mine = [owners] * (first + 1) + [items]
+        return [None if s is None else of for s, of in zip(shapes, mine, strict=True)]
 
     def _reshaped(self, owners: Owners, out: Shape, shape: Shape) -> Owners | str:
         """Elements keep their order, and so do rows where some leading dimensions are as many."""
@@ -166,7 +197,7 @@ class Follow:
 
     def _fewest(self, owners: Owners) -> Owners:
         """Without trailing dimensions along which owners are the same."""
-        while owners.ndim > 1 and bool((owners == owners[..., :1]).all()):
+        while owners.ndim > 1 and owners.shape[-1] and bool((owners == owners[..., :1]).all()):
             owners = owners[..., 0]
         return self.responses if np.array_equal(owners, self.responses) else owners
 
@@ -199,6 +230,17 @@ class Follow:
         placed = owners.transpose(np.argsort(mine)).reshape([there[d] if d in mine else 1 for d in range(depth)])
         return self._fewest(np.broadcast_to(placed, there))
 
+    def turned(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
+        return [self._permuted(owners, out, list(reversed(range(len(out)))))]
+
+    def loss(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
+        """Cross-entropy of (N, classes, ...), one number a row."""
+        shape = shapes[0]
+        if shape is None or len(shape) != len(out) + 1 or (shape[0], *shape[2:]) != out:
+            return None
+        wide = owners if owners.ndim == 1 else np.broadcast_to(owners[:, None], (*shape[:2], *owners.shape[1:]))
+        return [self._fewest(wide)]
+
     def expanded(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
         return [_broadcast(owners, out, shapes[0])]
 
@@ -224,19 +266,6 @@ class Follow:
         ends = np.cumsum([missing if s is None else s[0] for s in shapes])[:-1]
         return [self._fewest(part) for part in np.split(owners, ends)]
 
-    def reduced(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        """Rows of whatever a sum was taken over belong to whom the sum belongs."""
-        shape = shapes[0]
-        if shape is None:
-            return None
-        dims = sorted(dims_of(node, len(shape)))
-        if dims[0] >= owners.ndim:
-            return [owners]
-        for dim in dims if len(out) < len(shape) else ():
-            if dim <= owners.ndim:
-                owners = np.expand_dims(owners, dim)
-        return [self._fewest(np.broadcast_to(owners, shape[: owners.ndim]))]
-
     def picked(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
         """One of several, such as x[0]: the others' rows are nobody's."""
         shape = shapes[0]
@@ -253,7 +282,12 @@ class Follow:
         dim = signed(node._saved_dim) % len(out)
         if dim >= owners.ndim:
             return [owners] * len(shapes)
-        return None if owners.ndim == 1 else [self._fewest(part) for part in np.moveaxis(owners, dim, 0)]
+        parts = np.moveaxis(owners, dim, 0)
+        if owners.ndim == 1:  # each is one response's
+            return [
+                None if s is None or not s else np.full(s[:1], owner) for s, owner in zip(shapes, parts, strict=True)
+            ]
+        return [self._fewest(part) for part in parts]
 
     def triangular(self, node: Any, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
         return [owners] if owners.ndim <= len(out) - 2 else None
@@ -271,7 +305,9 @@ class Follow:
         shape, indices = shapes[0], list(node._saved_indices)
         if shape is None:
             return None
-        if next(k for k, index in enumerate(indices) if index is not None) >= owners.ndim:
+        given = [k for k, index in enumerate(indices) if index is not None]
+        beside = given == list(range(given[0], given[-1] + 1))  # else what they take comes first
+        if beside and given[0] >= owners.ndim:
             return [owners]
         places = _places(indices, shape)
         if places is None or owners.ndim > len(places.shape):
@@ -294,8 +330,10 @@ class Follow:
         places, source = _places(list(node._saved_indices), out), shapes[1]
         if places is None or owners.ndim > places.depth:
             return None
-        if source is None or source[: len(places.shape)] != places.shape:
-            return [owners, None if source is None else f"IndexPut broadcasts a tensor of shape {source}"]
+        if source is None:
+            return [owners, None]
+        if source[: len(places.shape)] != places.shape:
+            return None
         rows = spread(owners, out[: places.depth]).reshape(-1)[places.flat]
         return [owners, self._fewest(rows.reshape(places.shape))]
 
@@ -378,6 +416,10 @@ def _function(node: Any) -> tuple[str, str] | None:
     return None if function is None else (function.__module__, function.__qualname__)
 
 
+def _without(shape: Shape, dims: Sequence[int], lead: int) -> Iterator[int]:
+    return (size for dim, size in enumerate(shape[:lead]) if dim not in dims)
+
+
 def _broadcast(owners: Owners, out: Shape, shape: Shape | None) -> Owners | None:
     """Of an input of an elementwise operation; None where several rows share it, as they share parameters."""
     whole = shape is not None and len(shape) == len(out) and shape[: owners.ndim] == owners.shape
@@ -391,11 +433,12 @@ def spread(owners: Owners, shape: Shape) -> Owners:
 
 _SPECIAL: dict[str, Callable[..., _Below | None]] = {
     "Cat": Follow.concatenated,
-    "Mean": Follow.reduced,
     "Select": Follow.picked,
-    "Sum": Follow.reduced,
     "Transpose": Follow.transposed,
     "Permute": Follow.permuted,
+    "T": Follow.turned,
+    "NllLoss": Follow.loss,
+    "NllLoss2D": Follow.loss,
     "Expand": Follow.expanded,
     "Repeat": Follow.repeated,
     "ConstantPadNd": Follow.padded,

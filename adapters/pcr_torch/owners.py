@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 
 from pcr_torch.owner_rules import NOBODY, Follow, Owners, joined, spread
 from pcr_torch.probe import is_probe
-from pcr_torch.rows import is_leaf
+from pcr_torch.rows import is_leaf, shape_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ def survey(output: Tensor) -> Survey:
         if is_probe(node):
             # on the way to parameters only: a layer that makes weights
             why = mine.get(0)
-            why = "its output has no rows of responses" if why is None else why
+            if why is None:
+                why = "its output has no rows of responses"
+            elif not isinstance(why, str) and why.ndim >= len(shape_of(node, 0)):
+                why = "a row's features belong to several responses"
             found.calls.setdefault(cast(Any, node).path, []).append(why)
         for (after, k), owners in zip(node.next_functions, follow.below(node, mine), strict=True):
             if after is None:

@@ -238,6 +238,7 @@ def signed(number: Any) -> Any:
 
 
 def dims_of(node: Any, count: int) -> list[int]:
-    saved = getattr(node, "_saved_dim", 0)  # 0: all of them
-    saved = (0,) if saved is None else saved if isinstance(saved, tuple) else (saved,)
-    return [signed(dim) % count for dim in saved]
+    saved = getattr(node, "_saved_dim", None)
+    if saved is None or saved == ():
+        return list(range(count))
+    return [signed(dim) % count for dim in (saved if isinstance(saved, tuple) else (saved,))]

@@ -149,7 +149,7 @@ class SeveralReasons(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "fast"),
     [
-        (TimeMajor, False),
+        (TimeMajor, True),
         (AsManyExperts, True),
         (Chunked, True),
         (Flat, True),
