@@ -81,6 +81,8 @@ class Recorder:
                 install(module, self, path)
 
     def remove(self) -> None:
+        if not self._installed:
+            return
         self._installed = False
         for module in self._modules.values():
             remove(module, self)
