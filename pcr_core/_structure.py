@@ -8,7 +8,7 @@ but where one layer of a list says which of its parts is the MLP, the others do 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,6 +18,7 @@ from pcr_core._words import (
     NORM,
     ROUTER,
     SIDE_PATH,
+    holds_attention,
     is_attention_weight,
     is_foreign,
     is_gate,
@@ -92,7 +93,8 @@ def left_out(parameters: Sequence[Parameter]) -> list[str | None]:
         [None, 'attention']
     """
     shapes = _shapes(parameters)
-    found = [_told(parameter, shapes[_module(parameter)[:-1]]) for parameter in parameters]
+    holders = _holders(parameters)
+    found = [_told(parameter, shapes[_module(parameter)[:-1]], holders) for parameter in parameters]
     named = {_stack(parameter) for parameter, told in zip(parameters, found) if told == MLP}
     reasons: list[str | None] = []
     for parameter, told in zip(parameters, found):
@@ -104,7 +106,7 @@ def left_out(parameters: Sequence[Parameter]) -> list[str | None]:
     return reasons
 
 
-def _told(parameter: Parameter, beside: set[Shape]) -> str | None:
+def _told(parameter: Parameter, beside: set[Shape], holders: Mapping[tuple[str, ...], set[str]]) -> str | None:
     """MLP, another kind or reason, or None where nothing tells."""
     above, inside, leaf = parameter.above, parameter.inside, Part(parameter.leaf)
     if sum(size > 1 for size in parameter.shape) < 2 or {"bias", "scale"} & {*words(leaf.attribute)}:
@@ -131,8 +133,10 @@ def _told(parameter: Parameter, beside: set[Shape]) -> str | None:
             return kind
     if MLP in told:
         return MLP
-    if any(is_attention_weight(part.attribute) for part in (*inside, leaf)):
-        return ATTENTION
+    path, layer = (*parameter.path, parameter.leaf), len(above) + (parameter.layer is not None)
+    for k in range(layer, len(path)):
+        if is_attention_weight(path[k], holders[path[:k]]) or (k > layer and holds_attention(holders[path[:k]])):
+            return ATTENTION
     mixers = [part for part in inside if is_mixer(part.attribute) or is_mixer(part.kind)]
     return (told_by_class(mixers[0].kind) or "mixer") if mixers else None
 
@@ -165,6 +169,16 @@ def _shapes(parameters: Sequence[Parameter]) -> dict[tuple[str, ...], set[Shape]
         if len(parameter.shape) > 1 and not is_gate(name):
             shapes[tuple(holder)].add(parameter.shape)
     return shapes
+
+
+def _holders(parameters: Sequence[Parameter]) -> dict[tuple[str, ...], set[str]]:
+    """Attributes of each module."""
+    found: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for parameter in parameters:
+        path = (*parameter.path, parameter.leaf)
+        for k, attribute in enumerate(path):
+            found[path[:k]].add(attribute)
+    return found
 
 
 def _module(parameter: Parameter) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ tells decides: an `attention_norm` is a norm, an `attention_mlp` an MLP.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 MLP = "mlp"
 ATTENTION = "attention"
@@ -33,9 +34,9 @@ _KINDS = {
 _OF_WORD = {word: kind for kind, words in _KINDS.items() for word in words}
 _GATE = re.compile(r"^(gate|shared_expert_gate|block_sparse_moe_gate|gate_weight)$")
 _SIDE = re.compile(r"^per_layer_|^(hc|hyper)_")  # inputs that a layer takes besides the residual stream
-_ATTENTION_WEIGHT = re.compile(
-    r"^(w_?)?(q|k|v|o|qkv|kv)(_?proj|_?lin|_einsum)?$|^(query|key|value|query_key_value)$", re.IGNORECASE
-)
+_QUERY = re.compile(r"^(w_?)?(q|qkv)(_?proj|_?lin|_einsum)?$|^(query|query_key_value)$", re.IGNORECASE)
+_KEY_OR_VALUE = re.compile(r"^(w_?)?(k|v|kv|qkv)(_?proj|_?lin|_einsum)?$|^(key|value|query_key_value)$", re.IGNORECASE)
+_OUT = re.compile(r"^(w_?)?(o|out)(_?proj|_?lin|_einsum)?$", re.IGNORECASE)
 _FOREIGN = {"vision", "visual", "image", "images", "img", "audio", "speech", "video", "tower", "vit", "acoustic"}
 _FOREIGN_ABOVE = _FOREIGN | {
     *("projector", "connector", "resampler", "perceiver", "aligner", "merger", "qformer", "siglip", "clip", "swin"),
@@ -94,9 +95,21 @@ def is_gate(attribute: str) -> bool:
     return _GATE.match(attribute) is not None
 
 
-def is_attention_weight(attribute: str) -> bool:
-    """Called as one of attention's matrices, such as `wq`, `k_proj` or `value`."""
-    return _ATTENTION_WEIGHT.match(attribute) is not None
+def is_attention_weight(attribute: str, beside: Collection[str]) -> bool:
+    """Called as one of attention's matrices, such as `wq`, `k_proj` or `value`; its last one is `wo` beside a query.
+
+    Example:
+        >>> is_attention_weight("wo", {"wq", "wk", "wv", "w1"}), is_attention_weight("wo", {"wi"})
+        (True, False)
+    """
+    if _OUT.match(attribute):
+        return any(map(_QUERY.match, beside))
+    return bool(_QUERY.match(attribute) or _KEY_OR_VALUE.match(attribute))
+
+
+def holds_attention(attributes: Collection[str]) -> bool:
+    """Whether a module with these parts is attention, whatever it is called."""
+    return any(map(_QUERY.match, attributes)) and any(map(_KEY_OR_VALUE.match, attributes))
 
 
 def is_mixer(name: str) -> bool:

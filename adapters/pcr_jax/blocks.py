@@ -9,8 +9,9 @@ pure JAX), a numbered name (`block_0` in linen, `h0_mlp` in haiku), or a stack o
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -27,7 +28,7 @@ Selector: TypeAlias = str | Callable[[str, Any], bool | str | None]
 _NUMBERED = re.compile(r"^((?:.*(?:layer|block)s?_?)|h_?)(\d+)$", re.IGNORECASE)
 _NUMBERED_BEFORE = re.compile(r"^((?:layer|block|h)_?)(\d+)_(\w+)$")  # haiku's h0_mlp
 _STACK = re.compile(r"^(layers|blocks|h)$", re.IGNORECASE)
-_VARIABLE = re.compile(r"/(raw_)?value$")  # nnx keeps arrays inside variables
+_VARIABLE = ("value", "raw_value")  # attributes of nnx's variables, which hold the arrays
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,14 @@ class Blocks:
     @property
     def stacks(self) -> tuple[str | None, ...]:
         """What numbers the layer of each block, such as "encoder/layers"; None where `layers` is None."""
-        first = [self.paths[self.of_leaf.index(block)] for block in range(len(self.names))]
-        return tuple(None if i is None else _stack(path) for i, path in zip(self.layers, first, strict=True))
+        layers = _Layers(self.paths)
+        found: list[set[str]] = [set() for _ in self.names]
+        for path, block in zip(self.paths, self.of_leaf, strict=True):
+            if block is not None:
+                found[block].add(layers.stack(path))
+        return tuple(
+            min(of) if i is not None and len(of) == 1 else None for i, of in zip(self.layers, found, strict=True)
+        )
 
 
 def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularity = "tensor") -> Blocks:
@@ -84,12 +91,13 @@ def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularit
     flat = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
     paths = tuple(path for path, _ in flat)
     members: dict[str, list[int]] = {}
-    places = [_place(path, leaf) for path, leaf in flat]
+    where = _Layers(paths)
+    places = [_place(path, leaf, where) for path, leaf in flat]
     reasons = left_out(places) if blocks == "mlp" else [None] * len(flat)
     for k, (path, leaf) in enumerate(flat):
         label = selects(blocks, path, leaf, reasons[k] is None)
         if label is not False and is_floating(leaf):
-            members.setdefault(label if isinstance(label, str) else _block_name(path, granularity), []).append(k)
+            members.setdefault(label if isinstance(label, str) else _block_name(path, granularity, where), []).append(k)
     if not members:
         some = ", ".join(paths[:: max(1, len(paths) // 4)][:5]) or "none"
         hint = ""
@@ -101,7 +109,7 @@ def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularit
     for block, rows in enumerate(members.values()):
         for k in rows:
             of_leaf[k] = block
-    layers = [{_layer(paths[k])[1] for k in rows} for rows in members.values()]
+    layers = [{where.of(paths[k])[1] for k in rows} for rows in members.values()]
     return Blocks(
         names=tuple(members),
         layers=tuple(found.pop() if len(found) == 1 else None for found in layers),
@@ -113,7 +121,8 @@ def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularit
 
 def path_name(path: Any) -> str:
     """A key path of `jax.tree_util` as "layers/0/up/kernel"."""
-    return _VARIABLE.sub("", str(jax.tree_util.keystr(path, simple=True, separator="/")))
+    in_variable = len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in _VARIABLE
+    return str(jax.tree_util.keystr(path[:-1] if in_variable else path, simple=True, separator="/"))
 
 
 def is_floating(leaf: Any) -> bool:
@@ -135,7 +144,8 @@ def describe_blocks(params: Any, blocks: Selector = "mlp", granularity: Granular
     """
     found = select_blocks(params, blocks, granularity)
     flat = jax.tree.leaves(params)
-    reasons = left_out([_place(path, leaf) for path, leaf in zip(found.paths, flat, strict=True)])
+    where = _Layers(found.paths)
+    reasons = left_out([_place(path, leaf, where) for path, leaf in zip(found.paths, flat, strict=True)])
     rows = []
     for path, leaf, block, reason in zip(found.paths, flat, found.of_leaf, reasons, strict=True):
         why = "not floating" if not is_floating(leaf) else reason if blocks == "mlp" else f"{blocks!r} does not match"
@@ -144,9 +154,9 @@ def describe_blocks(params: Any, blocks: Selector = "mlp", granularity: Granular
     return listing(rows)
 
 
-def _place(path: str, leaf: Any) -> Parameter:
+def _place(path: str, leaf: Any, layers: _Layers) -> Parameter:
     keys = path.split("/")
-    depth, index, rest = _layer(path)
+    depth, index, rest = layers.of(path)
     shape = jnp.shape(leaf)
     if not depth:
         return Parameter(_parts(keys[:-1]), None, (), keys[-1], shape, needs_layer=False)
@@ -166,34 +176,44 @@ def _family(place: Parameter) -> str:
     return named[-1] if named else place.leaf
 
 
-def _layer(path: str) -> tuple[int, int | None, str]:
-    """Number of keys that lead to the outermost layer (0: none), its index (None: a stack), and the rest of its key."""
-    keys = path.split("/")
-    for depth, key in enumerate(keys, start=1):
-        numbered, before = _NUMBERED.match(key), _NUMBERED_BEFORE.match(key)
-        if key.isdigit() or numbered:
-            return depth, int(numbered.group(2) if numbered else key), ""
-        if before:
-            return depth, int(before.group(2)), before.group(3)
-    for depth, key in enumerate(keys, start=1):
-        if _STACK.match(key):
-            return depth, None, ""
-    return 0, None, ""
+class _Layers:
+    """Where layers are in the paths of one tree."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        prefixes = {key for path in paths for key in itertools.accumulate(path.split("/")[:-1], "{}/{}".format)}
+        self._first = {prefix for prefix in prefixes if f"{prefix}_1" in prefixes}  # haiku's block, block_1, block_2
+
+    def of(self, path: str) -> tuple[int, int | None, str]:
+        """Number of keys that lead to the outermost layer (0: none), its index (None: a stack), the rest of its key."""
+        keys = path.split("/")
+        for depth, key in enumerate(keys, start=1):
+            numbered, before = _NUMBERED.match(key), _NUMBERED_BEFORE.match(key)
+            if key.isdigit() or numbered:
+                return depth, int(numbered.group(2) if numbered else key), ""
+            if before:
+                return depth, int(before.group(2)), before.group(3)
+            if _NUMBERED.match(f"{key}_1") and "/".join(keys[:depth]) in self._first:
+                return depth, 0, ""
+        for depth, key in enumerate(keys, start=1):
+            if _STACK.match(key):
+                return depth, None, ""
+        return 0, None, ""
+
+    def stack(self, path: str) -> str:
+        """What lies above a leaf's layer; "block" of `block_3`."""
+        keys = path.split("/")[: self.of(path)[0]]
+        if keys and keys[-1].isdigit():
+            return "/".join(keys[:-1])
+        numbered = keys and (_NUMBERED.match(keys[-1]) or _NUMBERED_BEFORE.match(keys[-1]))
+        return "/".join([*keys[:-1], numbered.group(1).rstrip("_")] if numbered else keys)
 
 
-def _stack(path: str) -> str:
-    """What lies above a leaf's layer; "block" of `block_3`."""
-    keys = path.split("/")[: _layer(path)[0]]
-    numbered = _NUMBERED.match(keys[-1]) or _NUMBERED_BEFORE.match(keys[-1])
-    return "/".join([*keys[:-1], numbered.group(1).rstrip("_")] if numbered else keys[:-1])
-
-
-def _block_name(path: str, granularity: Granularity) -> str:
+def _block_name(path: str, granularity: Granularity, layers: _Layers) -> str:
     if granularity == "tensor":
         return path
     if granularity == "global":
         return "global"
-    depth, _, rest = _layer(path)
+    depth, _, rest = layers.of(path)
     keys = path.split("/")
     name = "/".join(keys[:depth] if depth else keys[:-1] or keys)
     return name.removesuffix(f"_{rest}") if rest else name

@@ -181,6 +181,24 @@ def test_layers_of_haiku_are_told_by_their_number() -> None:
     )
 
 
+def test_the_first_layer_of_haiku_has_no_number() -> None:
+    linear = {"w": matrix()}
+    blocks = select_blocks({f"net/{block}/linear": linear for block in ("block", "block_1", "block_2")})
+    assert blocks.names == ("net/block/linear/w", "net/block_1/linear/w", "net/block_2/linear/w")
+    assert (blocks.layers, blocks.stacks) == ((0, 1, 2), ("net/block",) * 3)
+
+
+def test_attention_is_told_by_its_parts_and_its_last_matrix_by_them() -> None:
+    heads = {name: {"kernel": matrix(4, 2, 2)} for name in ("query", "key", "value", "out")}
+    assert select_blocks([{"sa": heads, "up": matrix()}]).names == ("0/up",)
+    assert select_blocks([{"attn": {"q": matrix()}, "wi": matrix(), "wo": matrix()}]).names == ("0/wi", "0/wo")
+
+
+def test_a_leaf_called_value_keeps_its_name() -> None:
+    ffn = {name: matrix() for name in ("key", "receptance", "value")}
+    assert select_blocks([{"ffn": ffn}]).names == ("0/ffn/key", "0/ffn/receptance", "0/ffn/value")
+
+
 def test_blocks_are_static_arguments() -> None:
     params = tiny.on_device(tiny.parameters(layers=2))
     assert hash(select_blocks(params)) == hash(select_blocks(params))
