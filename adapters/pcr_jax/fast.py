@@ -143,7 +143,7 @@ def pull_fast(
     totals = plasticity, [stability.get(k, zero) for k, zero in enumerate(nothing)]
     if axes:  # one sum for all responses and blocks
         response, stratum = jnp.sum(response, axis=1), jnp.sum(stratum, axis=1)
-    return finish(structure, totals, logp, response, stratum, layout)
+    return finish(structure, totals, logp, response, stratum, layout, "fast")
 
 
 def _split_products(

@@ -9,6 +9,7 @@ more than three gradients per stream are held. It takes any model. `fast.py` has
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -26,8 +27,11 @@ from pcr_jax.records import register
 from pcr_jax.sharding import Layout
 
 Norms = Literal["auto", "fast", "loop"]
+Path = Literal["fast", "loop", "autograd"]
 LogpFn: TypeAlias = Callable[[Any, Any], Array]
 Cotangents: TypeAlias = Callable[[Array, Any], tuple[Array, Array] | Objective[Array]]
+_log = logging.getLogger("pcr_jax")
+_told: set[str] = set()  # reasons for the loop that the log holds
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,17 @@ class Pulled:
         plasticity: P, a tree like the parameters; half precision is summed in float32. Outside the blocks it is P + S.
         stability: S; zero outside the blocks.
         logp: (n, T).
-        response: (3, n, blocks) |p_i|^2, |s_i|^2 and p_i.s_i of each response.
-        stratum: (3, n / group_size, blocks) the same of each group's summed contribution.
+        response: (3, n, blocks) |p_i|^2, |s_i|^2 and p_i.s_i of each response; None where not measured.
+        stratum: (3, n / group_size, blocks) the same of each group's summed contribution, or None.
+        path: how they were had: "fast", "loop", or "autograd" for totals alone. Part of the pytree's structure.
     """
 
     plasticity: Any
     stability: Any
     logp: Array
-    response: Array
-    stratum: Array
+    response: Array | None
+    stratum: Array | None
+    path: Path = "loop"
 
     def scatter(self, present: Array | None = None) -> Scatter[Array]:
         """Noise of both totals from the scatter within groups; `pcr_core.merge` adds those of micro-batches.
@@ -56,8 +62,14 @@ class Pulled:
                 with cotangents of zero). A group with none present is left out.
 
         Raises:
-            ValueError: shapes and dtypes, or a group with one response present (NaN where `present` is traced).
+            ValueError: shapes and dtypes, a pullback with noise=False, or a group with one response present (NaN where
+                `present` is traced).
         """
+        if self.response is None or self.stratum is None:
+            raise ValueError(
+                "scatter: the noise was not measured (noise=False); give resolve statistics=None, a rule that does "
+                "without, or take the pullback with noise=True"
+            )
         groups, n = self.stratum.shape[1], self.response.shape[1]
         ids = jnp.repeat(jnp.arange(groups), n // groups)
         response, stratum = self.response, self.stratum
@@ -76,7 +88,7 @@ class Pulled:
         )
 
 
-register(Pulled)
+register(Pulled, static=("path",))
 
 
 def pullback(
@@ -90,6 +102,7 @@ def pullback(
     norms: Norms = "auto",
     groups_at_once: int = 1,
     layout: Layout | None = None,
+    noise: bool | Literal["cheap"] = True,
 ) -> Pulled:
     """Totals and inner products of both streams, for `resolve`. Memory does not grow with the number of groups.
 
@@ -104,10 +117,14 @@ def pullback(
         group_size: responses a prompt, at least 2. XLA's shapes are static, so smaller groups are filled up with rows
             that contribute nothing, see `Pulled.scatter`.
         norms: "fast" measures kernels that pass through `dense`; "loop" takes any model, at a vjp per response and
-            stream; "auto" is "fast" where all block leaves pass through `dense`, else "loop".
-        groups_at_once: groups in one forward pass of the fast path; must divide their number.
+            stream; "auto" is "fast" where all block leaves pass through `dense`, else "loop", which the log tells once
+            with the reason.
+        groups_at_once: groups in one forward pass, but for the loop; must divide their number.
         layout: where `make_train_step` calls it on each data shard: params and batch are that shard's, the totals are
             of all shards and lie like params, and the other attributes are of this shard's responses.
+        noise: False for the totals alone, which take two pullbacks of any model, for rules that do without the noise
+            (`pcr_core.needs_noise`): `resolve(p, s, None, rule)`. "cheap" measures it
+            where that does not take the loop of norms="auto".
 
     Raises:
         ValueError: rows that are not whole groups, shapes that do not match, or norms="fast" with what it does not
@@ -133,6 +150,7 @@ def pullback(
         ((3, 3), True)
     """
     from pcr_jax.fast import pull_fast, uncovered
+    from pcr_jax.totals import pull_totals
 
     if norms not in get_args(Norms):
         raise ValueError(f"norms: expected one of {get_args(Norms)}, got {norms!r}")
@@ -144,12 +162,21 @@ def pullback(
     if groups % groups_at_once:
         raise ValueError(f"groups_at_once: {groups_at_once} does not divide the {groups} groups of the batch")
     grouped = jax.tree.map(lambda x: x.reshape(groups, group_size, *x.shape[1:]), batch)
+    if not noise:
+        return pull_totals(logp_fn, params, grouped, cotangents, groups_at_once, blocks, layout)
     if norms != "loop":
         reason, probes = uncovered(logp_fn, params, grouped, groups_at_once, blocks, layout)
         if reason is None:
             return pull_fast(logp_fn, params, grouped, cotangents, groups_at_once, blocks, probes, layout)
         if norms == "fast":
             raise ValueError(f"norms='fast': {reason}; use norms='loop' or other blocks")
+        cheap = noise == "cheap"
+        if reason not in _told:
+            _told.add(reason)
+            what = "is not measured, since the rule does without; measured it" if cheap else "is measured, which"
+            _log.info("the noise of the gradients %s takes two pullbacks a response (norms='loop'): %s", what, reason)
+        if cheap:
+            return pull_totals(logp_fn, params, grouped, cotangents, groups_at_once, blocks, layout)
     return _loop(logp_fn, params, grouped, cotangents, blocks, layout)
 
 
@@ -178,15 +205,24 @@ def add(sums: Any, parts: Any) -> Any:
     return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, parts)
 
 
-def finish(structure: Any, totals: Any, logp: Array, response: Array, stratum: Array, layout: Layout | None) -> Pulled:
+def finish(
+    structure: Any,
+    totals: Any,
+    logp: Array,
+    response: Array | None,
+    stratum: Array | None,
+    layout: Layout | None,
+    path: Path,
+) -> Pulled:
     """From (passes, rows, ...) of the scan."""
     plasticity, stability = totals if layout is None else (layout.total(stream) for stream in totals)
     return Pulled(
         plasticity=jax.tree.unflatten(structure, plasticity),
         stability=jax.tree.unflatten(structure, stability),
         logp=logp.reshape(-1, logp.shape[-1]),
-        response=_by_pair(response),
-        stratum=_by_pair(stratum),
+        response=None if response is None else _by_pair(response),
+        stratum=None if stratum is None else _by_pair(stratum),
+        path=path,
     )
 
 
@@ -221,7 +257,7 @@ def _loop(
     for k in outside:
         p[k], s[k] = p[k] + s[k], jnp.zeros_like(s[k])
     totals = p, s
-    return finish(structure, totals, logp, response, stratum, layout)
+    return finish(structure, totals, logp, response, stratum, layout, "loop")
 
 
 def _groups(batch: Any, group_size: Any) -> int:

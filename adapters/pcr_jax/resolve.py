@@ -42,7 +42,7 @@ register(Report, static=("blocks",))
 def resolve(
     plasticity_grads: Tree,
     stability_grads: Tree,
-    statistics: Scatter[Array] | BlockStatistics[Array],
+    statistics: Scatter[Array] | BlockStatistics[Array] | None,
     rule: Rule = pcr_core.PCR(),
     *,
     blocks: Blocks | Selector = "mlp",
@@ -59,6 +59,7 @@ def resolve(
         stability_grads: the same structure and shapes: the total stability gradient S, beta included.
         statistics: the Scatter of both (`pullback(...).scatter()`), to which the inner products of the totals are
             added here; or complete BlockStatistics. Arrays of shape (blocks,), in the order of `blocks.names`.
+            None where the noise was not measured, with a rule that does without (`pcr_core.needs_noise`).
         rule: any `pcr_core.Rule`.
         blocks: of `select_blocks`, or a selector of it.
         prior: with TemporalPrior, the last step's `report.prior`, at the first step `init_prior(params, blocks)`.
@@ -70,7 +71,8 @@ def resolve(
 
     Raises:
         TypeError: leaves that are not floating (or float64 while x64 is off), statistics or a rule of another kind.
-        ValueError: trees that do not match each other or `blocks`, or TemporalPrior without `prior`.
+        ValueError: trees that do not match each other or `blocks`, TemporalPrior without `prior`, or a rule that needs
+            the noise with statistics that lack it.
 
     Example:
         >>> import jax.numpy as jnp, pcr_core
@@ -135,10 +137,12 @@ def as_written(report: Report, update: Any) -> Report:
 def _complete(
     statistics: Any, plasticity: list[Array], stability: list[Array], blocks: Blocks, layout: Layout | None
 ) -> BlockStatistics[Array]:
-    if not isinstance(statistics, (Scatter, BlockStatistics)):
-        raise TypeError(f"statistics: expected a pcr_core.Scatter or BlockStatistics, got {type(statistics).__name__}")
+    if statistics is not None and not isinstance(statistics, (Scatter, BlockStatistics)):
+        raise TypeError(
+            f"statistics: expected a pcr_core.Scatter, BlockStatistics or None, got {type(statistics).__name__}"
+        )
     expected = (len(blocks.names),)
-    noise: Any = statistics.plasticity_var
+    noise: Any = None if statistics is None else statistics.plasticity_var
     if noise is not None and tuple(noise.shape) != expected:
         got = tuple(noise.shape)
         raise ValueError(f"statistics: expected arrays of shape {expected}, one number a block, got {got}")
@@ -154,9 +158,9 @@ def _complete(
         plasticity_sq=products[0],
         stability_sq=products[1],
         dot=products[2],
-        plasticity_var=statistics.plasticity_var.astype(wide),
-        stability_var=statistics.stability_var.astype(wide),
-        covariance=statistics.covariance.astype(wide),
+        plasticity_var=None if statistics is None else statistics.plasticity_var.astype(wide),
+        stability_var=None if statistics is None else statistics.stability_var.astype(wide),
+        covariance=None if statistics is None else statistics.covariance.astype(wide),
         size=jnp.asarray(blocks.sizes, dtype=wide),
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,13 +14,13 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pcr_core
-from pcr_core import Objective, PriorState, Rule, Scatter
+from pcr_core import Objective, PriorState, Rule, Scatter, needs_noise
 from pcr_core._numbers import is_number
 from pcr_core.objective import KL, Importance, Normalization, batch_normalizer, check_options
 from pcr_core.rules import require_rule
 from pcr_jax.blocks import Blocks, Granularity, Selector, select_blocks
 from pcr_jax.checks import check_floating, check_mask, check_width
-from pcr_jax.pullback import LogpFn, Norms, pullback
+from pcr_jax.pullback import LogpFn, Norms, Path, pullback
 from pcr_jax.records import register
 from pcr_jax.resolve import Report, as_written, resolve
 from pcr_jax.sharding import Layout
@@ -62,7 +63,8 @@ class TrainState:
 class StepReport:
     """Of one step, taken before the update; arrays of shape () but for `resolution`, which is per block.
 
-    `resolution.prior` is None: it is in the new state.
+    `resolution.prior` is None: it is in the new state. `path` says how the gradients were had, see `Pulled`;
+    with "autograd" the noise was not measured, and is None in `resolution`. It is part of the pytree's structure.
     """
 
     plasticity_loss: Array
@@ -70,28 +72,82 @@ class StepReport:
     kl: Array
     clip_fraction: Array
     resolution: Report
+    path: Path = "loop"
 
 
-for _record in (Rollouts, TrainState, StepReport):
-    register(_record)
+register(Rollouts)
+register(TrainState)
+register(StepReport, static=("path",))
+DEFAULT_NOISE_EVERY = 10
+
+
+@dataclass
+class Measuring:
+    """In which steps the noise is measured: every K-th by `state.step`, 0 for never, so a resumed run goes on alike.
+
+    `optional`: nobody asked for it, so that the first trace may set `stopped` where it would take the loop.
+    """
+
+    every: int
+    optional: bool
+    stopped: bool = False
+    last: tuple[Any, int] | None = None  # the step of the last new state, as an array and as a number
+
+    @classmethod
+    def of(cls, rule: Rule, every: int | None) -> Measuring:
+        if every is not None and (isinstance(every, bool) or not isinstance(every, numbers.Integral) or every < 0):
+            raise ValueError(f"noise_every: expected an integer >= 0 (0 for never), or None, got {every!r}")
+        if not needs_noise(rule):
+            return cls(DEFAULT_NOISE_EVERY if every is None else int(every), optional=every is None)
+        if every not in (None, 1):
+            raise ValueError(
+                f"noise_every={every}: {rule!r} reads the noise of the gradients in every step; use noise_every=1, or "
+                "a rule that does without, such as pcr_core.PCR() with a number as alpha"
+            )
+        return cls(1, optional=False)
+
+    def due(self, step: Any) -> bool:
+        if self.every <= 1:
+            return self.every == 1
+        if isinstance(step, jax.core.Tracer):  # inside another program, which can be of one kind only
+            return False
+        return self.number(step) % self.every == 0
+
+    def number(self, step: Any) -> int:
+        # of a state that came from here it is known; to read it would wait for the last step to end
+        return self.last[1] if self.last is not None and self.last[0] is step else int(step)
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """`step(state, rollouts) -> (state, report)`; `compiled` is the same of `jax.jit`, without the check of dtypes."""
+    """`step(state, rollouts) -> (state, report)`.
+
+    Attributes:
+        compiled: the same of `jax.jit`, without the check of dtypes, as it is where the noise is measured.
+        plain: the same where it is not; without `noise_every` one of both is all that runs.
+    """
 
     compiled: Any
+    plain: Any
+    _measuring: Measuring = field(repr=False)
 
     def __call__(self, state: TrainState, rollouts: Rollouts) -> tuple[TrainState, StepReport]:
         check_width(state, "state")
         check_width(rollouts, "rollouts")
         check_mask(rollouts)
-        result: tuple[TrainState, StepReport] = self.compiled(state, rollouts)
+        before = getattr(state, "step", None)
+        # where the first trace found that it would take the loop, its program measures nothing, and no other is needed
+        program = self.compiled if self._measuring.stopped or self._measuring.due(before) else self.plain
+        counted = self._measuring.every > 1 and not isinstance(before, jax.core.Tracer)
+        number = self._measuring.number(before) if counted else 0
+        result: tuple[TrainState, StepReport] = program(state, rollouts)
+        if counted:
+            self._measuring.last = result[0].step, number + 1
         return result
 
     def lower(self, state: TrainState, rollouts: Rollouts) -> Any:
         """For `.compile()`, whose text and memory analysis say what XLA made of it; nothing runs."""
-        return self.compiled.lower(state, rollouts)
+        return (self.compiled if self._measuring.every else self.plain).lower(state, rollouts)
 
 
 def init_state(
@@ -142,8 +198,12 @@ def make_train_step(
     microbatch: int | None = None,
     shardings: TrainState | None = None,
     data_axis: str | Sequence[str] = "data",
+    noise_every: int | None = None,
 ) -> TrainStep:
     """A jitted `step(state, rollouts) -> (state, report)`, which compiles once for each shape of a batch.
+
+    Rules that do without the gradients' noise (`pcr_core.needs_noise`) take two pullbacks of any model in most steps; a
+    step that measures the noise is a program of its own.
 
     The state that is given to it is donated: its arrays cannot be used afterwards.
 
@@ -161,11 +221,14 @@ def make_train_step(
         importance: the same.
         kl: the same; "k3_ratio" is what TRL does.
         norms: see `pullback`.
-        microbatch: responses in one forward pass of the fast path, whole groups; one group by default.
+        microbatch: responses in one forward pass, whole groups, but for the loop; one group by default.
         shardings: for several devices, `jax.tree.map(lambda x: x.sharding, state)`, with all of the state on one mesh.
             The new state is laid out alike. Without it XLA gathers the whole batch on every device.
         data_axis: the mesh axis, or axes, that rollouts are split over, by whole groups; () where they are not.
             Parameters split over these as well (FSDP) are gathered for every pass.
+        noise_every: measure the noise in every K-th step, counted by `state.step`; 0 for never. A rule that needs it
+            gets it in every step. For the others None is every 10th, and never where norms="auto" would take the loop.
+            In the steps without, the report holds None for the noise, and its `path` is "autograd".
 
     Raises:
         ValueError, TypeError: naming the argument, here or when a batch of a new shape is traced.
@@ -216,7 +279,10 @@ def make_train_step(
             kl=kl,
         )
 
-    def step(state: TrainState, rollouts: Rollouts) -> tuple[TrainState, StepReport]:
+    measuring = Measuring.of(rule, noise_every)
+
+    def step(state: TrainState, rollouts: Rollouts, *, noise: bool) -> tuple[TrainState, StepReport]:
+        path: Path = "loop"
         if not isinstance(rollouts, Rollouts):
             raise TypeError(f"rollouts: expected pcr_jax.Rollouts, got {type(rollouts).__name__}")
         chosen = blocks if isinstance(blocks, Blocks) else select_blocks(state.params, blocks, granularity)
@@ -239,7 +305,8 @@ def make_train_step(
         if normalization in ("grpo", "dr_grpo"):  # these count responses
             normalizer = normalizer // n * present
 
-        def pull(params: Any, rollouts: Rollouts, normalizer: Any) -> tuple[Any, Any, Array, Scatter[Array]]:
+        def pull(params: Any, rollouts: Rollouts, normalizer: Any) -> tuple[Any, Any, Array, Scatter[Array] | None]:
+            nonlocal path
             pulled = pullback(
                 lambda params, rows: logp_fn(params, rows.inputs),
                 params,
@@ -250,7 +317,13 @@ def make_train_step(
                 norms=norms,
                 groups_at_once=1 if microbatch is None else microbatch // group_size,
                 layout=layout,
+                noise="cheap" if noise and measuring.optional else noise,
             )
+            path = pulled.path
+            if noise and path == "autograd":
+                measuring.stopped = True
+            if pulled.response is None:
+                return pulled.plasticity, pulled.stability, pulled.logp, None
             scatter = pulled.scatter(rollouts.present)
             return pulled.plasticity, pulled.stability, pulled.logp, scatter if layout is None else layout.sum(scatter)
 
@@ -275,6 +348,7 @@ def make_train_step(
             lost.kl,
             lost.clip_fraction * (n / present if importance == "sequence" else 1.0),
             replace(resolution, prior=None),
+            path,
         )
         return TrainState(params, inner, state.step + 1, resolution.prior), report
 
@@ -284,7 +358,8 @@ def make_train_step(
             "in_shardings": (None, layout.rollouts),
             "out_shardings": (shardings, layout.replicated),
         }
-    return TrainStep(jax.jit(step, donate_argnums=(0,), **placed))
+    compiled, plain = (jax.jit(partial(step, noise=noise), donate_argnums=(0,), **placed) for noise in (True, False))
+    return TrainStep(compiled, plain, measuring)
 
 
 def _check_layout(layout: Layout, shardings: Any, state: TrainState, rollouts: Rollouts, group_size: int) -> None:

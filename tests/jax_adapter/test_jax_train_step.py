@@ -56,7 +56,7 @@ def test_compiles_once_and_donates() -> None:
         return tiny.forward(params, inputs)
 
     optimizer = optax.adam(1e-2)
-    step: Any = make_train_step(logp_fn, optimizer, group_size=GROUP, beta=BETA)
+    step: Any = make_train_step(logp_fn, optimizer, group_size=GROUP, beta=BETA, noise_every=1)
     params = tiny.on_device(tiny.parameters())
     first = state = init_state(params, optimizer)
     state, _ = step(state, rollouts())

@@ -51,8 +51,6 @@ class JaxEngine:
             )
         if settings.precision != "float32":
             raise ValueError("--precision: --framework jax trains in float32; use --framework torch for bfloat16")
-        if settings.noise_every is not None:
-            raise ValueError("--noise-every: --framework jax measures the noise in every step; leave it out")
         if settings.router_loss:
             raise ValueError("--router-loss: --framework jax trains a model without experts; leave it out")
         if settings.norms != "auto":

@@ -67,6 +67,7 @@ class Loop:
             blocks=blocks,
             normalization="dapo",
             microbatch=(settings.micro_prompts or settings.prompts) * settings.generations,
+            noise_every=settings.noise_every,
         )
         self.reference = jax.jit(self.logp)
         self.state = init_state(start, optimizer, rule, blocks=blocks)
