@@ -55,6 +55,7 @@ _ATTENTION = {
 # functions written in Python: what goes through as it is, and what works element by element
 _IDENTITIES = {("torch.distributed.fsdp._fully_shard._fsdp_param_group", "RegisterPostBackwardFunction")}
 _BY_ELEMENT = {("transformers.models.bloom.modeling_bloom", "GeLUFunction")}
+_COMPLEX = {"ViewAsComplex", "ViewAsReal"}
 _APART = {"Split", "SplitWithSizes", "Unbind"}
 _LINEAR = {"Addmm": 1, "Linear": 0, "Mm": 0, "Mv": 0, "GroupedMm": 0}  # which of their inputs has rows
 _BATCHED = {"Bmm": 0, "Baddbmm": 1}  # which of their inputs is the first factor
@@ -92,7 +93,7 @@ class Follow:
             found = self._below(node, kind, items, out, shapes)
         if found is None and kind in MOVES:
             back = moved(node, owners, NOBODY)
-            found = back and [None if mine is None or mine.ndim == 0 else self._fewest(mine) for mine in back]
+            found = back and [self._moved_from(mine, s) for mine, s in zip(back, shapes, strict=True)]
         return [unknown] * len(inputs) if found is None else found
 
     def _together(self, node: Any, outputs: dict[int, Owners | str | None]) -> Owners | None:
@@ -132,7 +133,7 @@ class Follow:
             return self._along(dims_of(node, len(first)), owners, out, shapes)
         if kind in _REDUCING:
             return self._reduced(dims_of(node, len(first)), owners, out, shapes)
-        if kind in RESHAPING:
+        if kind in RESHAPING or kind in _COMPLEX:
             return [self._reshaped(owners, out, first)]
         if kind in _ATTENTION:
             batched = lead <= len(out) - 2 and all(s is None or s[:lead] == out[:lead] for s in shapes[:3])
@@ -171,12 +172,21 @@ class Follow:
         return [owners if j == k else None for j in range(len(shapes))]
 
     def _batched(self, first: int, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> _Below | None:
-        """Products of matrices: the second factor's rows are everybody's who has a row of the first."""
+        """Products of matrices: the second factor's rows are everybody's who has a row of the first, like an expert."""
         items = owners if owners.ndim == 1 else self._of_items(owners)
-        if owners.ndim > 2 or (owners.ndim == 2 and items is None and shapes[first + 1] is not None):
+        if owners.ndim > 2:
             return None
         mine = [owners] * (first + 1) + [items]
         return [None if s is None else of for s, of in zip(shapes, mine, strict=True)]
+
+    def _moved_from(self, owners: Owners | None, shape: Shape | None) -> Owners | None:
+        """Of an input, for those of its gradient's elements, to which it may have been broadcast."""
+        rows = None if owners is None else _broadcast(owners, owners.shape, shape)
+        if rows is None or rows.ndim == 0:
+            return None
+        only = rows.max(axis=-1, keepdims=True, initial=NOBODY)  # of a row's features some may be nobody's
+        whole = rows.ndim > 1 and ((rows == only) | (rows == NOBODY)).all()
+        return self._fewest(only[..., 0] if whole else rows)
 
     def _reshaped(self, owners: Owners, out: Shape, shape: Shape) -> Owners | str:
         """Elements keep their order, and so do rows where some leading dimensions are as many."""
@@ -421,9 +431,17 @@ def _without(shape: Shape, dims: Sequence[int], lead: int) -> Iterator[int]:
 
 
 def _broadcast(owners: Owners, out: Shape, shape: Shape | None) -> Owners | None:
-    """Of an input of an elementwise operation; None where several rows share it, as they share parameters."""
-    whole = shape is not None and len(shape) == len(out) and shape[: owners.ndim] == owners.shape
-    return owners if whole else None
+    """Of an input of an elementwise operation; None where several responses share it, as they share parameters."""
+    if shape is None:
+        return None
+    added = len(out) - len(shape)
+    if not added and shape[: owners.ndim] == owners.shape:
+        return owners
+    sizes = ((1,) * added + shape)[: owners.ndim]
+    shared = tuple(k for k, size in enumerate(sizes) if size != owners.shape[k])
+    only = cast(Owners, owners.max(axis=shared, keepdims=True, initial=NOBODY))
+    agreed = added < owners.ndim and ((owners == only) | (owners == NOBODY)).all()
+    return only.reshape(sizes[added:]) if agreed else None
 
 
 def spread(owners: Owners, shape: Shape) -> Owners:

@@ -119,6 +119,70 @@ class Copies(nn.Module):
         return self.upper(versions.mean(dim=0) + versions.sum(dim=(0,), keepdim=True)[0])
 
 
+class Assigned(nn.Module):
+    """Parts of tensors are written to, one as (tokens, responses), one added to, one by a view that repeats rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 8)
+        self.lower, self.middle, self.upper = nn.Linear(8, 8), nn.Linear(4, 4), nn.Linear(8, 31)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        whole = torch.zeros(3, *hidden.shape)
+        whole[0].transpose(0, 1)[1:].copy_(self.lower(hidden.transpose(0, 1))[1:])
+        whole[..., :4] = self.middle(hidden[..., 4:])
+        whole[1:] += torch.tanh(whole[0])
+        return self.upper(whole.sum(0))
+
+
+class ChangedInPlace(nn.Module):
+    """More than an assignment: a part is scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 8)
+        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.lower(self.embed(tokens))
+        hidden[:, 1:] *= 2
+        return self.upper(torch.tanh(hidden))
+
+
+class AveragedInPlace(nn.Module):
+    """An assignment only in form: rows become means of their neighbours, and belong to nobody alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 8)
+        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.lower(self.embed(tokens))
+        mixed = torch.zeros(1, 6, 48)
+        mean = 0.5 * (torch.eye(6).roll(1, 0) + torch.eye(6).roll(-1, 0))
+        mean[0] = mean[5] = torch.eye(6)[0]
+        mixed[0].addmm_(mean.T, hidden.flatten(1))
+        return self.upper(torch.tanh(mixed[0].view_as(hidden)))
+
+
+class AllInAllExperts(nn.Module):
+    """(experts, responses * tokens, features) by a batch of matrices, as Llama 4 has them; complex rotations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 8)
+        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
+        self.experts = nn.Parameter(torch.randn(6, 8, 8))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.lower(self.embed(tokens))
+        turned = torch.view_as_complex(hidden.unflatten(-1, (4, 2)).contiguous()) * torch.exp(torch.arange(4) * 1j)
+        rows = torch.view_as_real(turned).reshape(-1, 8).repeat(6, 1)
+        return self.upper(torch.bmm(rows.view(6, -1, 8), self.experts).sum(0).view_as(hidden))
+
+
 class Mixed(nn.Module):
     """Responses see one another: no row below belongs to one of them."""
 
@@ -154,6 +218,10 @@ class SeveralReasons(nn.Module):
         (Chunked, True),
         (Flat, True),
         (Copies, True),
+        (Assigned, True),
+        (ChangedInPlace, True),
+        (AveragedInPlace, False),
+        (AllInAllExperts, True),
         (Mixed, False),
         (SeveralReasons, False),
     ],
