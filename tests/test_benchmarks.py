@@ -107,7 +107,7 @@ def test_a_part_that_fails_or_hangs_keeps_what_it_has_found() -> None:
 
 @pytest.mark.slow
 def test_the_share_of_a_whole_step_runs() -> None:
-    small = ("--model", "tiny", "--steps", "1", "--rounds", "1", "--clock", "process")
+    small = ("--model", "tiny", "--steps", "4", "--rounds", "1")
     done = subprocess.run([sys.executable, str(FOLDER / "trl_step.py"), *small], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| 1.00 |") >= 2

@@ -14,7 +14,7 @@ from benchmarks.gpu.context import Context, Cut
 from benchmarks.measure import peak_memory
 from benchmarks.update import Way
 
-_ROUNDS = 3  # at least
+_ROUNDS = 3  # from which quartiles say something
 
 
 @dataclass
@@ -24,14 +24,16 @@ class Timed:
     Attributes:
         seconds: of each round, until the device is done.
         host: of each round, until the call returns.
-        memory: most bytes beyond those held before.
+        memory: most bytes beyond those held before; None if not measured.
         failed: why there is nothing, if there is nothing.
+        wrong: whether that is an error.
     """
 
     seconds: list[float]
     host: list[float]
-    memory: int = 0
+    memory: int | None = None
     failed: str = ""
+    wrong: bool = False
 
     def ratios(self, unit: Timed) -> tuple[float, float, float]:
         """Lower quartile, median and upper quartile of the ratios within a round."""
@@ -56,10 +58,10 @@ def in_turns(
         updates: what one call's time is divided by, where that is not 1.
 
     Raises:
-        Cut: there is no time for three rounds.
+        Cut: there is no time for a round.
     """
     found = {name: Timed([], []) for name in ways}
-    spent = 0.0
+    took: dict[str, float] = {}
     for name, way in ways.items():
         try:
             with way() as job:
@@ -67,26 +69,32 @@ def in_turns(
                 start = time.monotonic()
                 if not context.toy:
                     found[name].memory = peak_memory(job, context.device)
-                spent += time.monotonic() - start
+                took[name] = time.monotonic() - start
         except torch.OutOfMemoryError:
             found[name].failed = "out of memory"
         except Exception as error:
             found[name].failed = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            found[name].wrong = True
         _collect(context)
     going = {name: way for name, way in ways.items() if not found[name].failed}
-    if not context.toy and context.left() < _ROUNDS * spent:
-        raise Cut(f"{context.left():.0f} s are left, three rounds take about {_ROUNDS * spent:.0f} s")
+    for name in updates or {}:  # those of many updates a call are left out first
+        if name in going and not context.toy and context.left() < _ROUNDS * sum(took.values()):
+            del going[name], took[name]
+            found[name].failed = "cut, since the time was short"
     for done in range(rounds):
-        if done >= _ROUNDS and context.left() < 1.2 * spent:
+        spent = sum(took.values())
+        if not context.toy and context.left() < 1.2 * spent:
+            if not done:
+                raise Cut(f"{context.left():.0f} s are left, one round takes about {spent:.0f} s")
             break
-        start = time.monotonic()
         for name, way in going.items():
             share = 1 if updates is None else updates.get(name, 1)
+            start = time.monotonic()
             with way() as job:
                 wall, host = timed(job, context.device)
+            took[name] = time.monotonic() - start
             found[name].seconds.append(wall / share)
             found[name].host.append(host / share)
-        spent = time.monotonic() - start
     return found
 
 

@@ -113,6 +113,7 @@ def _measure(context: Context, shape: Shape, table: Table) -> None:
     unit = found[VANILLA]
     for name, timed in found.items():
         table.rows.append([name, *_cells(timed, unit)])
+        table.wrong |= timed.wrong
 
 
 def _fits(problem: Problem) -> bool:
@@ -129,9 +130,10 @@ def _fits(problem: Problem) -> bool:
 def _cells(timed: Timed, unit: Timed) -> list[Any]:
     if timed.failed:
         return [timed.failed, None, None, None, None, None]
+    memory = None if timed.memory is None else timed.memory / 1e6
     if unit.failed:
-        return [1e3 * timed.median, None, None, None, timed.memory / 1e6, len(timed.seconds)]
+        return [1e3 * timed.median, None, None, None, memory, len(timed.seconds)]
     low, middle, high = timed.ratios(unit)
     host = sorted(timed.host)[len(timed.host) // 2]
     quartiles = f"{low:.2f} to {high:.2f}"
-    return [1e3 * timed.median, middle, quartiles, 1e3 * host, timed.memory / 1e6, len(timed.seconds)]
+    return [1e3 * timed.median, middle, quartiles, 1e3 * host, memory, len(timed.seconds)]
