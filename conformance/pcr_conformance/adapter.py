@@ -105,7 +105,7 @@ class Defaults:
     capabilities: frozenset[str] = frozenset()
     compiled = False
     plain: Any = None
-    library = ""  # name and version of what it computes with, for reports
+    software = ""  # name and version of what it computes with, for reports
 
     def objective(self, case: ObjectiveCase, dtype: str) -> Objective[Any]:
         raise NotImplementedError("this adapter has no objective of its own")

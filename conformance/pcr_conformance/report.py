@@ -64,7 +64,7 @@ def places(verdicts: Sequence[Verdict]) -> str:
     """What was checked, where and how: "torch 2.11.0 on cpu (eager, jit)", by library and device."""
     modes: dict[str, dict[str, None]] = {}
     for v in verdicts:
-        modes.setdefault(f"{v.library or v.adapter} on {v.device}", {})[v.mode] = None
+        modes.setdefault(f"{v.software or v.adapter} on {v.device}", {})[v.mode] = None
     return "; ".join(f"{where} ({', '.join(how)})" for where, how in modes.items())
 
 
@@ -89,7 +89,17 @@ def rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
         for dtype, ratio in v.worst.items() or (("", math.nan),):
             near = "" if math.isnan(ratio) else f"{ratio:.3g}"
             out.append(
-                (v.adapter, v.library, f"{v.device}, {v.mode}", v.law, v.level, dtype, near, str(v.examples), v.outcome)
+                (
+                    v.adapter,
+                    v.software,
+                    f"{v.device}, {v.mode}",
+                    v.law,
+                    v.level,
+                    dtype,
+                    near,
+                    str(v.examples),
+                    v.outcome,
+                )
             )
     return out
 
@@ -120,7 +130,7 @@ def as_junit(verdicts: Sequence[Verdict]) -> str:
         skipped=str(sum(v.outcome in ("skipped", "xfailed") for v in verdicts)),
     )
     properties = ElementTree.SubElement(suite, "properties")
-    for adapter, where in {v.adapter: f"{v.library}, {v.device}, {v.mode}" for v in verdicts}.items():
+    for adapter, where in {v.adapter: f"{v.software}, {v.device}, {v.mode}" for v in verdicts}.items():
         ElementTree.SubElement(properties, "property", name=adapter, value=where.removeprefix(", "))
     for v in verdicts:
         case = ElementTree.SubElement(suite, "testcase", classname=v.adapter, name=v.law, time=f"{v.seconds:.3f}")

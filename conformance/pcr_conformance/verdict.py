@@ -44,7 +44,7 @@ class Verdict:
     seconds: float = 0.0
     worst: dict[str, float] = field(default_factory=dict)  # by dtype: largest error / bound
     message: str = ""
-    library: str = ""  # what the adapter computes with, its version, and the name of an accelerator
+    software: str = ""  # what the adapter computes with, its version, and the name of an accelerator
 
     @property
     def bad(self) -> bool:
@@ -104,10 +104,10 @@ def judge(law: Law, adapter: Adapter, examples: int, seed: int, xfails: Sequence
     special = [what for what in ("sharded", "in_place") if what in adapter.capabilities]
     mode = special[0].replace("_", " ") if special else "jit" if adapter.compiled else "eager"
     common = (adapter.name, law.name, law.level, mode, adapter.device)
-    library = getattr(adapter, "library", "")  # adapters of others need not say
+    software = getattr(adapter, "software", "")  # adapters of others need not say
     reason = law.applies(adapter)
     if reason is not None:
-        return Verdict(*common, outcome="skipped", message=reason, library=library)
+        return Verdict(*common, outcome="skipped", message=reason, software=software)
     expected = next((x for x in xfails if x.matches(adapter.name, law.name)), None)
     began, count, message = time.perf_counter(), 0, ""
     with collect() as worst:
@@ -125,7 +125,7 @@ def judge(law: Law, adapter: Adapter, examples: int, seed: int, xfails: Sequence
     outcome = ("failed" if message else "passed") if expected is None else ("xfailed" if message else "xpassed")
     if expected is not None:
         message = f"{expected.reason}\n{message}".strip()
-    return Verdict(*common, outcome, count, time.perf_counter() - began, dict(worst.ratios), message, library)
+    return Verdict(*common, outcome, count, time.perf_counter() - began, dict(worst.ratios), message, software)
 
 
 def judge_all(adapters: Sequence[Adapter], examples: int, seed: int, xfails: Sequence[Xfail] = ()) -> Iterator[Verdict]:

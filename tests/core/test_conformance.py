@@ -163,7 +163,7 @@ def test_a_device_is_where_the_arrays_lie(name: str) -> None:
     assert not verdict.bad, verdict.message
     assert "cpu" in verdict.device.lower()
     where = f"{name.split('-')[0]} {version(name.split('-')[0])}"
-    assert verdict.library == where
+    assert verdict.software == where
     assert f"{where} on {verdict.device} ({verdict.mode})" in report.badge([verdict], datetime.date(2026, 1, 1))
 
 
@@ -209,7 +209,7 @@ def test_the_command_takes_a_device(tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     where = f"torch {version('torch')}"
     assert f"{where} on cpu (eager)" in ran.output
-    (seen,) = {(v["library"], v["device"], v["mode"]) for v in json.loads(paths["json"].read_text())["verdicts"]}
+    (seen,) = {(v["software"], v["device"], v["mode"]) for v in json.loads(paths["json"].read_text())["verdicts"]}
     assert seen == (where, "cpu", "eager")
     for name in ("junit", "html"):
         assert where in paths[name].read_text()

@@ -50,26 +50,25 @@ def test_pictures_belong_to_the_responses_that_see_them(pictures: tuple[int, ...
     assert_auto_equals_loop(model, logp, cotangents, torch.tensor([0, 0, 1, 1]), r"mlp.*weight", fast=True)
 
 
-class TimeMajor(nn.Module):
-    """As many tokens as responses; layers see (tokens, responses, features)."""
+class TwoLayers(nn.Module):
+    """What most of the models below have."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(31, 8)
         self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
+
+
+class TimeMajor(TwoLayers):
+    """As many tokens as responses; layers see (tokens, responses, features)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = torch.tanh(self.lower(self.embed(tokens).transpose(0, 1))).cumsum(0)
         return self.upper(hidden).transpose(0, 1)
 
 
-class AsManyExperts(nn.Module):
+class AsManyExperts(TwoLayers):
     """As many experts as responses, each sees one token of all of them; one matrix serves all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 8)
-        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embed(tokens)
@@ -77,13 +76,8 @@ class AsManyExperts(nn.Module):
         return self.upper(torch.tanh(by_expert.permute(1, 0, 2)) + hidden)
 
 
-class Chunked(nn.Module):
+class Chunked(TwoLayers):
     """Windows of tokens in place of responses, (responses * windows, tokens, features)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 8)
-        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embed(tokens)
@@ -91,13 +85,8 @@ class Chunked(nn.Module):
         return self.upper(windows.view_as(hidden))
 
 
-class Flat(nn.Module):
+class Flat(TwoLayers):
     """(responses * tokens, features), as OPT has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 8)
-        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embed(tokens)
@@ -136,13 +125,8 @@ class Assigned(nn.Module):
         return self.upper(whole.sum(0))
 
 
-class ChangedInPlace(nn.Module):
+class ChangedInPlace(TwoLayers):
     """More than an assignment: a part is scaled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 8)
-        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.lower(self.embed(tokens))
@@ -150,13 +134,8 @@ class ChangedInPlace(nn.Module):
         return self.upper(torch.tanh(hidden))
 
 
-class AveragedInPlace(nn.Module):
+class AveragedInPlace(TwoLayers):
     """An assignment only in form: rows become means of their neighbours, and belong to nobody alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 8)
-        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.lower(self.embed(tokens))
@@ -167,13 +146,11 @@ class AveragedInPlace(nn.Module):
         return self.upper(torch.tanh(mixed[0].view_as(hidden)))
 
 
-class AllInAllExperts(nn.Module):
+class AllInAllExperts(TwoLayers):
     """(experts, responses * tokens, features) by a batch of matrices, as Llama 4 has them; complex rotations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(31, 8)
-        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
         self.experts = nn.Parameter(torch.randn(6, 8, 8))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -183,13 +160,8 @@ class AllInAllExperts(nn.Module):
         return self.upper(torch.bmm(rows.view(6, -1, 8), self.experts).sum(0).view_as(hidden))
 
 
-class Mixed(nn.Module):
+class Mixed(TwoLayers):
     """Responses see one another: no row below belongs to one of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 8)
-        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 31)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.lower(self.embed(tokens))

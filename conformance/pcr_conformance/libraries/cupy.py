@@ -24,7 +24,7 @@ class CupyAdapter(DenseAdapter):
         self._number = int(device.partition(":")[2] or 0)
         self.device = f"cuda:{self._number}"
         of_card = cupy.cuda.runtime.getDeviceProperties(self._number)["name"]
-        self.library = f"cupy {cupy.__version__}, {of_card.decode()}"
+        self.software = f"cupy {cupy.__version__}, {of_card.decode()}"
 
     @contextmanager
     def scope(self) -> Iterator[None]:

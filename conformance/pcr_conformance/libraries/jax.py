@@ -24,7 +24,7 @@ class JaxAdapter(DenseAdapter):
         import jax
 
         self.jax = jax
-        self.library = f"jax {jax.__version__}"
+        self.software = f"jax {jax.__version__}"
         self._asked = device
         self.x64 = x64
         self.compiled = jit

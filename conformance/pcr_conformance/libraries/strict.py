@@ -20,7 +20,7 @@ class StrictAdapter(DenseAdapter):
         import array_api_strict
 
         self.xp = array_api_strict
-        self.library = f"array-api-strict {array_api_strict.__version__}"
+        self.software = f"array-api-strict {array_api_strict.__version__}"
 
     def from_numpy(self, x: Any, dtype: str) -> Any:
         return self.xp.asarray(super().from_numpy(x, dtype))

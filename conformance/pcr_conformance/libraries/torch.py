@@ -27,10 +27,10 @@ class TorchAdapter(DenseAdapter):
 
         self.torch = torch
         self.device = device
-        self.library = f"torch {torch.__version__}"
+        self.software = f"torch {torch.__version__}"
         if device.startswith("cuda"):
             self.summation = SEQUENTIAL  # its reductions are trees of an unstated shape
-            self.library += f", {torch.cuda.get_device_name(device)}"
+            self.software += f", {torch.cuda.get_device_name(device)}"
         self.backend = backend
         self.compiled = backend is not None
         self.name = "torch" if backend is None else f"torch-compile-{backend}"
