@@ -4,6 +4,14 @@ The data's way: `objective` (losses, cotangents) -> an adapter's pullback -> `st
 `projection` / `rules` (weights a, b per block) -> combine, u = a P + b S. `resolve` is all of it on dense arrays.
 """
 
+from pcr_core.baseline import (
+    Baseline,
+    BaselineSums,
+    baseline_sums,
+    estimate_baseline,
+    update_baseline_sums,
+    variance_reduction,
+)
 from pcr_core.objective import Objective, group_advantages, grpo_objective
 from pcr_core.posterior import FlatPrior, Posterior, Prior, ShrinkagePrior, TemporalPrior
 from pcr_core.projection import Weights, conflict_probability, snr_alpha, soft_projection, variance_alpha
@@ -39,6 +47,8 @@ __all__ = [
     "PCR",
     "PRIORS",
     "RULES",
+    "Baseline",
+    "BaselineSums",
     "BlockStatistics",
     "FixedAlpha",
     "FlatPrior",
@@ -55,8 +65,10 @@ __all__ = [
     "ShrinkagePrior",
     "TemporalPrior",
     "Weights",
+    "baseline_sums",
     "conflict_probability",
     "contribution_statistics",
+    "estimate_baseline",
     "group_advantages",
     "grpo_objective",
     "make_rule",
@@ -67,5 +79,7 @@ __all__ = [
     "soft_projection",
     "stratified_covariance",
     "stratified_variance",
+    "update_baseline_sums",
     "variance_alpha",
+    "variance_reduction",
 ]
