@@ -7,7 +7,17 @@ from typing import Any
 
 import jax
 
-from pcr_core import BlockStatistics, Objective, Posterior, PriorState, Resolution, Scatter, Weights
+from pcr_core import (
+    Baseline,
+    BaselineSums,
+    BlockStatistics,
+    Objective,
+    Posterior,
+    PriorState,
+    Resolution,
+    Scatter,
+    Weights,
+)
 
 
 def register(record: type[Any], static: tuple[str, ...] = ()) -> None:
@@ -16,5 +26,15 @@ def register(record: type[Any], static: tuple[str, ...] = ()) -> None:
     jax.tree_util.register_dataclass(record, data_fields=data, meta_fields=list(static))
 
 
-for _record in (BlockStatistics, Objective, Posterior, PriorState, Resolution, Scatter, Weights):
+for _record in (
+    Baseline,
+    BaselineSums,
+    BlockStatistics,
+    Objective,
+    Posterior,
+    PriorState,
+    Resolution,
+    Scatter,
+    Weights,
+):
     register(_record)

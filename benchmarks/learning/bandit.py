@@ -76,6 +76,9 @@ class Streams(NamedTuple):
         statistics: in the ordinary inner product.
         metric: the same sums in the inner product of the optimizer's preconditioner.
         along: (blocks,) estimate of Var(P.S) for this S, from the scatter of p_i.S within groups.
+        response_sq: (responses,) |p_i|^2, both blocks.
+        advantages: (responses,) as they were applied.
+        ids: (responses,) the prompt of each.
     """
 
     plasticity: Params
@@ -83,6 +86,9 @@ class Streams(NamedTuple):
     statistics: BlockStatistics[Array]
     metric: BlockStatistics[Array]
     along: Array
+    response_sq: Array | None = None
+    advantages: Array | None = None
+    ids: Array | None = None
 
 
 class Decision(NamedTuple):
@@ -94,7 +100,10 @@ class Decision(NamedTuple):
 
 
 class Method(Protocol):
-    """A rule with a memory: its first state, and at each step (share of training done) a decision with the next one."""
+    """A rule with a memory: its first state, and at each step (share of training done) a decision with the next one.
+
+    With advantages(rewards, ids, state), all of shape (responses,), it has others than GRPO's.
+    """
 
     def start(self, params: Params) -> Any: ...
 
@@ -125,6 +134,8 @@ class Outcome(NamedTuple):
         conflict: share of steps and blocks with P.S < 0.
         shared_early, shared_late: v_ps/c, sums over the first and the last third of steps.
         ratio: median of v_p/v_s.
+        shift: mean of what GRPO's advantages were lowered by.
+        taken: mean share of sum A_i^2 |y_i|^2, A GRPO's advantages, that was taken away by it.
     """
 
     target: Any
@@ -136,6 +147,8 @@ class Outcome(NamedTuple):
     shared_early: Any
     shared_late: Any
     ratio: Any
+    shift: Any
+    taken: Any
 
 
 def simulate(regime: Regime, methods: Sequence[Method], cells: ArrayLike, seeds: Sequence[int]) -> Outcome:
@@ -232,7 +245,14 @@ def responses(params: Params, start: Params, batch: Batch) -> tuple[Array, Array
 
 
 def streams(
-    params: Params, contexts: Array, actions: Array, rewards: Array, reference: Array, beta: Array, scale: Params
+    params: Params,
+    contexts: Array,
+    actions: Array,
+    rewards: Array,
+    reference: Array,
+    beta: Array,
+    scale: Params,
+    advantages: Array | None = None,
 ) -> Streams:
     """Totals and statistics of both gradients, by the closed form of the network's derivative.
 
@@ -241,13 +261,15 @@ def streams(
 
     Args:
         scale: like the parameters, the metric's weight of every coordinate (1/sqrt of Adam's second moment).
+        advantages: (responses,), GRPO's by default.
     """
     prompts, group = actions.shape
     hidden = jnp.tanh(contexts @ params.first)
     log_policy = jax.nn.log_softmax(hidden @ params.second)
     logp = jnp.take_along_axis(log_policy, actions, axis=1).reshape(-1, 1)
     ids = jnp.arange(prompts * group) // group
-    advantages = pcr_core.group_advantages(rewards.reshape(-1), ids)
+    if advantages is None:
+        advantages = pcr_core.group_advantages(rewards.reshape(-1), ids)
     objective = pcr_core.grpo_objective(
         logp, logp, reference.reshape(-1, 1), advantages, jnp.ones_like(logp, dtype=bool), beta=beta
     )
@@ -308,7 +330,9 @@ def streams(
     products = cotangents[0][..., None] * along_s  # p_i.S, (prompts, group, blocks)
     squares = (products**2).reshape(prompts * group, 2)
     along = pcr_core.stratified_variance(squares, jnp.sum(products, axis=1) ** 2, ids)
-    return Streams(plasticity, stability, plain, metric, along)
+    one = jnp.einsum("qgh,q->qg", back**2, square_x) + jnp.einsum("qgk,q->qg", error**2, square_h)
+    response_sq = (cotangents[0] ** 2 * one).reshape(-1)
+    return Streams(plasticity, stability, plain, metric, along, response_sq, advantages, ids)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -334,6 +358,8 @@ def _train(
     start_general = _accuracies(instance)[1]
 
     branches = [partial(_decide, methods, i) for i in range(len(methods))]
+    ids = jnp.arange(regime.prompts * regime.group) // regime.group
+    advantages = [partial(_advantages, methods, i, ids) for i in range(len(methods))]
 
     def step(carry: Any, index: Array) -> Any:
         params, optimizer, state = carry
@@ -343,7 +369,8 @@ def _train(
         scale = jax.tree.map(lambda v: 1 / (jnp.sqrt(v / correction) + 1e-8), optimizer.nu)
         plain = (index == 0) | (regime.optimizer == "sgd")
         scale = jax.tree.map(lambda x: jnp.where(plain, jnp.ones_like(x), x), scale)
-        both = streams(params, batch.contexts, actions, rewards, reference, beta, scale)
+        applied = jax.lax.switch(which, advantages, rewards.reshape(-1), state)
+        both = streams(params, batch.contexts, actions, rewards, reference, beta, scale, applied)
         decision = jax.lax.switch(which, branches, both, index / STEPS, state)
         weights = decision.weights
         update, _ = pcr_jax.resolve(both.plasticity, both.stability, both.statistics, lambda _: weights, blocks=blocks)
@@ -352,14 +379,21 @@ def _train(
         if regime.optimizer == "sgd":
             direction = update
         params = Params(*(p - learning_rate * u for p, u in zip(params, direction)))
-        return (params, optimizer, decision.state), (weights.stability - 1, both.statistics)
+        given = pcr_core.group_advantages(rewards.reshape(-1), ids)
+        kept = jnp.where(applied == 0, 0.0, both.response_sq / jnp.where(applied == 0, 1.0, applied) ** 2)  # |y_i|^2
+        energy = jnp.sum(given**2 * kept)
+        taken = 1 - jnp.sum(both.response_sq) / jnp.where(energy == 0, 1.0, energy)
+        shifted = jnp.mean(given - applied), jnp.where(energy == 0, 0.0, taken)
+        return (params, optimizer, decision.state), (weights.stability - 1, both.statistics, shifted)
 
     def stretch(carry: Any, start: Array) -> Any:
         carry, seen = jax.lax.scan(step, carry, start + jnp.arange(EVALUATE_EVERY))
         return carry, (_accuracies(instance, carry[0]), seen)
 
     start = (instance.start, adam.init(instance.start), tuple(method.start(instance.start) for method in methods))
-    _, ((target, general), (boost, stats)) = jax.lax.scan(stretch, start, jnp.arange(0, STEPS, EVALUATE_EVERY))
+    _, ((target, general), (boost, stats, (shift, taken))) = jax.lax.scan(
+        stretch, start, jnp.arange(0, STEPS, EVALUATE_EVERY)
+    )
     third = STEPS // EVALUATE_EVERY // 3
 
     def shared(part: slice) -> Array:
@@ -376,7 +410,15 @@ def _train(
         shared_early=shared(slice(None, third)),
         shared_late=shared(slice(-third, None)),
         ratio=jnp.median(stats.plasticity_var / jnp.maximum(stats.stability_var, 1e-30)),
+        shift=jnp.mean(shift),
+        taken=jnp.mean(taken),
     )
+
+
+def _advantages(methods: tuple[Method, ...], index: int, ids: Array, rewards: Array, states: tuple[Any, ...]) -> Array:
+    own = getattr(methods[index], "advantages", None)
+    given: Array = pcr_core.group_advantages(rewards, ids) if own is None else own(rewards, ids, states[index])
+    return given
 
 
 def _decide(

@@ -53,12 +53,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Suite:
-    """`baseline` is the method that the others are compared with; without `fronts`, best, rates and slow are all."""
+    """`baseline` is the method that the others are compared with; without `fronts`, best, rates and slow are all.
+
+    `diagnostics` names what is recorded of `bandit.Outcome` besides accuracies.
+    """
 
     places: Mapping[str, Place]
     methods: Mapping[str, Method]
     baseline: str
     fronts: bool = True
+    diagnostics: tuple[str, ...] = DIAGNOSTICS
 
     def jobs(self, seeds: tuple[int, ...], choices: Choices | None) -> list[Job]:
         """One per regime and CHUNK instances."""
@@ -79,7 +83,7 @@ class Suite:
         accuracies = {"target": out.target, "general": out.general, "drawdown": out.drawdown}
         if selection:
             return {name: _rounded(x.mean(axis=-1)) for name, x in accuracies.items()}
-        means = {name: _rounded(getattr(out, name)[:, 0].mean(axis=-1)) for name in DIAGNOSTICS}
+        means = {name: _rounded(getattr(out, name)[:, 0].mean(axis=-1)) for name in self.diagnostics}
         if not self.fronts:
             return {"unit": 1e-4, "score": _units((out.target + out.general) / 2), **means}
         return {
@@ -200,7 +204,10 @@ def diagnostics(suite: Suite, rows: Sequence[Row], regime: str, method: str) -> 
     index = list(suite.methods).index(method)
     mine = [row for row in rows if row.settings["regime"] == regime]
     weights = [row.settings["seeds"] for row in mine]
-    return {name: float(np.average([row.values[name][index] for row in mine], weights=weights)) for name in DIAGNOSTICS}
+    return {
+        name: float(np.average([row.values[name][index] for row in mine], weights=weights))
+        for name in suite.diagnostics
+    }
 
 
 def _rounded(x: NDArray[Any]) -> Any:

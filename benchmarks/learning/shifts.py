@@ -1,0 +1,52 @@
+"""Advantages other than GRPO's, for the simulated bandits: a shift from measured norms, and the leave-one-out mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import pcr_core as pcr
+from benchmarks.learning.bandit import Decision, Memoryless, Params, Streams
+
+
+@dataclass(frozen=True)
+class Measured:
+    """GRPO's advantages less b of docs/baseline.md, from the measured norms of earlier steps; `share` of it."""
+
+    rule: pcr.Rule
+    memory: float = 0.9
+    share: float = 1.0
+
+    def start(self, params: Params) -> Any:
+        return pcr.BaselineSums(*jnp.zeros(6))
+
+    def advantages(self, rewards: Array, ids: Array, state: Any) -> Array:
+        return pcr.group_advantages(rewards, ids) - self.shift(state)
+
+    def shift(self, state: Any) -> Array:
+        shift: Array = self.share * pcr.estimate_baseline(state).shift
+        return shift
+
+    def decide(self, streams: Streams, progress: Array, state: Any) -> Decision:
+        assert streams.response_sq is not None
+        assert streams.advantages is not None
+        assert streams.ids is not None
+        sums = pcr.baseline_sums(
+            streams.response_sq, streams.advantages, group_ids=streams.ids, shift=self.shift(state)
+        )
+        state = pcr.update_baseline_sums(state, sums, memory=self.memory)
+        return Decision(self.rule(streams.statistics), jax.tree.map(jnp.zeros_like, streams.plasticity), state)
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Memoryless):
+    """RLOO: the reward less the mean of the other rewards of its group, in no unit."""
+
+    def advantages(self, rewards: Array, ids: Array, state: Any) -> Array:
+        size = jnp.sum(ids[:, None] == ids[None, :], axis=1)
+        given: Array = pcr.group_advantages(rewards, ids, scale="none") * size / (size - 1)
+        return given
