@@ -27,12 +27,17 @@ class Meter:
     since: int | None = None
 
     @classmethod
-    def of(cls, rule: Rule, every: int | None) -> Meter:
-        """ValueError for an `every` that is no number of steps, or with which the rule would lack the noise."""
+    def of(cls, rule: Rule, every: int | None, *, baseline: bool = False) -> Meter:
+        """ValueError for an `every` that is no number of steps, or with which rule or baseline would lack the noise."""
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 0):
             raise ValueError(f"noise_every: expected an integer >= 0 (0 for never), or None, got {every!r}")
+        if baseline and every == 0:
+            raise ValueError(
+                "noise_every=0: the baseline is estimated from the norms that are measured with the noise; leave it "
+                "out, or measure in every K-th step"
+            )
         if not needs_noise(rule):
-            return cls(DEFAULT if every is None else every, optional=every is None)
+            return cls(DEFAULT if every is None else every, optional=every is None and not baseline)
         if every not in (None, 1):
             raise ValueError(
                 f"noise_every={every}: {rule!r} reads the noise of the gradients in every step; use noise_every=1, or "

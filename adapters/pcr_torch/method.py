@@ -17,6 +17,7 @@ import pcr_core
 from pcr_core import FlatPrior, Objective, Rule, Scatter, TemporalPrior
 from pcr_core.rules import require_rule
 from pcr_core.statistics import Strata
+from pcr_torch.baseline import Applied, Baseline
 from pcr_torch.batch import check_batch, strata_of
 from pcr_torch.blocks import Granularity, Selector, describe_blocks, select_blocks
 from pcr_torch.combine import longest, of_sum
@@ -68,6 +69,9 @@ class PCR:
             the two streams weighted as last measured, at the cost of an ordinary update. That is exact in form only
             where one pair of weights serves all that is trained: one block that holds every trainable parameter
             (granularity="global", blocks="all"; or LoRA in the MLP modules with blocks="mlp").
+        baseline: memory in [0, 1) of a variance-optimal shift of the advantages, estimated from the measured norms of
+            responses' gradients (docs/baseline.md); 0.9 remembers ten measurements. None for GRPO's own advantages.
+            Needs the noise in every K-th step. Losses are made of `shifted` advantages, see there.
         workspace: numbers of per-response gradients held at once on an accelerator without Triton. With Triton none is
             in memory; a CPU holds a small tile of one.
         process_group: for plain copies of a model on several processes: the ranks to average over.
@@ -117,6 +121,7 @@ class PCR:
         norms: Norms = "auto",
         noise_every: int | None = None,
         every: int = 1,
+        baseline: float | None = None,
         workspace: int = WORKSPACE,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -131,7 +136,8 @@ class PCR:
         self._ddp = outer if isinstance(outer, DistributedDataParallel) else None
         self.rule = rule
         self.strata = strata
-        self._meter = Meter.of(rule, noise_every)
+        self._meter = Meter.of(rule, noise_every, baseline=baseline is not None)
+        self._baseline = None if baseline is None else Baseline(baseline)
         self._selector, self._granularity = blocks, granularity
         self.blocks = select_blocks(self.model, blocks, granularity)
         named = dict(self.model.named_parameters())
@@ -182,7 +188,15 @@ class PCR:
             self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = False
         self._probe()
 
-    def accumulate(self, logp: Tensor, objective: Objective[Tensor], *, group_ids: Tensor) -> None:
+    def accumulate(
+        self,
+        logp: Tensor,
+        objective: Objective[Tensor],
+        *,
+        group_ids: Tensor,
+        advantages: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
         """Both streams of one micro-batch, in two backward passes over logp's graph, which is freed.
 
         With every > 1 one pass, unless the step is `measuring`. Where the loop measures the noise, many.
@@ -194,6 +208,8 @@ class PCR:
             logp: (n, T) token log-probabilities with their graph.
             objective: `pcr_core.grpo_objective` of these; its normalisation must be that of the whole batch.
             group_ids: (n,) integers, the prompt of each response.
+            advantages: (n,) as the objective was given them, with a baseline; see `shifted`.
+            weight: (n,) as `shifted` was given it.
 
         Raises:
             ValueError: shapes that do not match, a group of one response with strata="group", a block's parameter that
@@ -203,17 +219,77 @@ class PCR:
         """
         if not isinstance(objective, Objective):
             raise TypeError(f"objective: expected a pcr_core.Objective, got {type(objective).__name__}")
-        self.accumulate_cotangents(
-            logp, objective.plasticity_cotangent, objective.stability_cotangent, group_ids=group_ids
-        )
+        cotangents = objective.plasticity_cotangent, objective.stability_cotangent
+        self.accumulate_cotangents(logp, *cotangents, group_ids=group_ids, advantages=advantages, weight=weight)
 
-    def accumulate_cotangents(self, logp: Tensor, plasticity: Tensor, stability: Tensor, *, group_ids: Tensor) -> None:
+    def accumulate_cotangents(
+        self,
+        logp: Tensor,
+        plasticity: Tensor,
+        stability: Tensor,
+        *,
+        group_ids: Tensor,
+        advantages: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
         """`accumulate` for a loss of your own: both (n, T) derivatives with respect to logp."""
-        self._pull((0, 1), logp, (plasticity, stability), group_ids)
+        applied = None if self._baseline is None else self._baseline.check(logp, advantages, weight)
+        self._pull((0, 1), logp, (plasticity, stability), group_ids, applied)
 
-    def accumulate_plasticity(self, logp: Tensor, cotangent: Tensor, *, group_ids: Tensor) -> None:
+    def accumulate_plasticity(
+        self,
+        logp: Tensor,
+        cotangent: Tensor,
+        *,
+        group_ids: Tensor,
+        advantages: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
         """The plasticity stream alone, from its own forward pass; `cotangent` (n, T) is d loss/d logp."""
-        self._pull((0,), logp, (cotangent,), group_ids)
+        applied = None if self._baseline is None else self._baseline.check(logp, advantages, weight)
+        self._pull((0,), logp, (cotangent,), group_ids, applied)
+
+    @property
+    def shift(self) -> float:
+        """The baseline b of this step; 0 without one."""
+        return 0.0 if self._baseline is None else self._baseline.shift
+
+    def shifted(self, advantages: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Advantages (n,) less b times `weight`, of which to make this step's loss; as they are without a baseline.
+
+        The expected gradient stays as it is where the weight times what the loss divides by is the same for all
+        responses: 1 (the default) for dr_grpo, and nearly for dapo and bnpo; for grpo the response's length over a
+        constant length.
+
+        Args:
+            advantages: (n,), after any division by a standard deviation.
+            weight: (n,).
+
+        Example:
+            >>> import torch, pcr_core
+            >>> from pcr_torch import PCR
+            >>> _ = torch.manual_seed(0)
+            >>> policy = torch.nn.Linear(4, 5)
+            >>> method = PCR(policy, blocks="weight", baseline=0.9)
+            >>> optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+            >>> ids, mask = torch.arange(32) // 8, torch.ones(32, 1, dtype=torch.bool)
+            >>> reference = torch.full((32, 1), -1.6)
+            >>> for step in range(2):
+            ...     optimizer.zero_grad()
+            ...     log_policy = policy(torch.randn(4, 4)[ids]).log_softmax(-1)
+            ...     actions = log_policy.exp().multinomial(1)
+            ...     logp = log_policy.gather(1, actions)
+            ...     applied = method.shifted(pcr_core.group_advantages((actions[:, 0] == 0).float(), ids))
+            ...     objective = pcr_core.grpo_objective(
+            ...         logp, logp.detach(), reference, applied, mask, beta=0.04, normalization="dr_grpo"
+            ...     )
+            ...     method.accumulate(logp, objective, group_ids=ids, advantages=applied)
+            ...     report = method.resolve()
+            ...     optimizer.step()
+            >>> report.baseline.reduction is None  # with noise_every=None every tenth step is measured
+            True
+        """
+        return advantages if self._baseline is None else self._baseline.shifted(advantages, weight)
 
     def accumulate_stability(self, logp: Tensor, cotangent: Tensor, *, group_ids: Tensor) -> None:
         """The stability stream alone, such as a loss on replayed or pretraining data, beta included.
@@ -221,7 +297,7 @@ class PCR:
         Sequences take the place of responses, and what they were sampled from (a data set, a prompt) that of groups.
         Streams of different forward passes are taken to have independent noise: their covariance is 0.
         """
-        self._pull((1,), logp, (cotangent,), group_ids)
+        self._pull((1,), logp, (cotangent,), group_ids, None)
 
     def resolve(self) -> Report:
         """Decide each block's weights, add a P + b S to `.grad` of its parameters, and start afresh.
@@ -245,7 +321,9 @@ class PCR:
             self._microbatches = 0
             self._probe()
             finite = self._last.weights.finite & self._gradients_finite()  # there is one block
-            return replace(self._last, weights=replace(self._last.weights, finite=finite), measured=False)
+            shift = None if self._baseline is None else self._baseline.finish(self._ranks, measured=False)
+            weights = replace(self._last.weights, finite=finite)
+            return replace(self._last, weights=weights, measured=False, baseline=shift)
         joined, noise = self._joined, self._measures_noise
         scatter = (self._scatter or self._sums.no_scatter()) if noise else None
         statistics = self._sums.statistics(self._totals, scatter, joined=joined)
@@ -267,7 +345,9 @@ class PCR:
         if self._ranks is not None and self._sharded:  # each has seen its own part
             broken = self._ranks.sum(broken)
         weights = replace(weights, finite=weights.finite & (broken == 0))
-        report = Report(self.blocks, weights, statistics, path=self.norms if noise else "autograd")
+        shift = None if self._baseline is None else self._baseline.finish(self._ranks, measured=noise)
+        path = self.norms if noise else "autograd"
+        report = Report(self.blocks, weights, statistics, path=path, baseline=shift)
         if self._every > 1:
             self._last, self._age = report, 0
         self._meter.step(measured=noise)
@@ -314,6 +394,8 @@ class PCR:
         """
         self._totals, self._joined, self._scatter = ({}, {}), None, None
         self._microbatches, self._skipped, self._torn = 0, False, False
+        if self._baseline is not None:
+            self._baseline.discard()
 
     def remove(self) -> None:
         """Give the model's layers their own forward back. The object cannot be used afterwards."""
@@ -323,7 +405,7 @@ class PCR:
             self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold: the temporal prior's means and variances, and with every > 1 the last weights.
+        """What a checkpoint has to hold: the temporal prior, the baseline, and with every > 1 the last weights.
 
         Of a sharded model the means are DTensors like its parameters, as `torch.distributed.checkpoint` wants them.
         """
@@ -335,6 +417,7 @@ class PCR:
             "prior": self._filter.state_dict(),
             "last": last,
             "noise": self._meter.state_dict(),
+            "baseline": None if self._baseline is None else self._baseline.state_dict(),
             "blocks": [block.name for block in self.blocks],
         }
 
@@ -356,9 +439,18 @@ class PCR:
         self._age = 0 if last is None else int(last["age"])
         if "noise" in state:
             self._meter.load_state_dict(state["noise"])
+        if self._baseline is not None and state.get("baseline") is not None:
+            self._baseline.load_state_dict(state["baseline"])
         self._probe()
 
-    def _pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], group_ids: Tensor) -> None:
+    def _pull(
+        self,
+        streams: tuple[int, ...],
+        logp: Tensor,
+        cotangents: tuple[Tensor, ...],
+        group_ids: Tensor,
+        applied: Applied | None,
+    ) -> None:
         self._refuse_torn()
         group_ids = check_batch(logp, cotangents, group_ids)
         noise = self.measuring and self._measures_noise
@@ -375,7 +467,9 @@ class PCR:
         elif strata is None:
             self._pull_totals(streams, logp, cotangents)
         else:
-            self._pull_apart(streams, logp, cotangents, strata)
+            pulled = self._pull_apart(streams, logp, cotangents, strata)
+            if self._baseline is not None and applied is not None:
+                self._baseline.measure(pulled.response[0].sum(dim=-1), applied, group_ids)
         self._microbatches += 1
         self._torn = False
 
@@ -442,7 +536,9 @@ class PCR:
         part(self._totals, self._joined)
         self._joined = None
 
-    def _pull_apart(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], ids: Tensor) -> None:
+    def _pull_apart(
+        self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...], ids: Tensor
+    ) -> Pulled:
         """Each stream's gradient into the totals, and the scatter of both."""
         self._part()
         strata: list[list[int]] = [[] for _ in range(int(ids.max()) + 1)]
@@ -456,6 +552,7 @@ class PCR:
             pulled = self._pull_fast(self._recorder, logp, cotangents, strata, totals)
         scatter = self._sums.scatter(streams, pulled, ids)
         self._scatter = scatter if self._scatter is None else pcr_core.merge(self._scatter, scatter)
+        return pulled
 
     def _pull_fast(
         self,

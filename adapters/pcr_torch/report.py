@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pcr_core import BlockStatistics, Weights
 from pcr_core._summary import summary
+from pcr_torch.baseline import Shift
 from pcr_torch.blocks import Block
 
 Path: TypeAlias = Literal["autograd", "fast", "loop", "mixed"]
@@ -27,6 +28,7 @@ class Report:
         measured: false in the steps that `every` leaves out, whose report is that of the last measured step.
         path: how the gradients were had: "autograd", without noise; or with the noise by "fast", "loop" or "mixed", as
             `PCR.norms` says.
+        baseline: b as it was applied, and what it did; None without one.
     """
 
     blocks: tuple[Block, ...]
@@ -34,6 +36,7 @@ class Report:
     statistics: BlockStatistics[Tensor]
     measured: bool = True
     path: Path = "fast"
+    baseline: Shift | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The arrays by name, for a checkpoint."""
@@ -60,9 +63,15 @@ class Report:
         blocks; removed is |removed part of P|/|P| over all coordinates, norms and noise-to-signal ratios likewise.
         noise_share is sum v_ps/sum P.S over the blocks with P.S < 0, the part of their conflict that is noise both
         streams share (0 without conflict); debiased means P.S - v_ps in place of P.S. These and the noise-to-signal
-        ratios are absent where the noise was not measured.
+        ratios are absent where the noise was not measured. With a baseline also baseline, b as it was applied, and
+        where the noise was measured baseline_reduction, the estimated share of P's variance that it took away.
         """
-        return summary(self.weights, self.statistics, slice(None), prefix)
+        found = summary(self.weights, self.statistics, slice(None), prefix)
+        if self.baseline is not None:
+            found[prefix + "baseline"] = self.baseline.applied
+            if self.baseline.reduction is not None:
+                found[prefix + "baseline_reduction"] = self.baseline.reduction
+        return found
 
     def layer_metrics(self, prefix: str = "pcr/") -> dict[str, float]:
         """The same per layer, with keys such as `pcr/layer_03/cosine`; blocks outside layers are left out.
