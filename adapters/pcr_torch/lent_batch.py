@@ -44,3 +44,23 @@ def lent(batch: MutableMapping[str, Any], tag: Callable[[Tensor], Tensor], hidde
             batch["advantages"] = found.detach()
         for name, value in kept.items():
             batch.setdefault(name, value)
+
+
+@contextmanager
+def lowered(batch: MutableMapping[str, Any], advantages: Tensor) -> Iterator[None]:
+    """The batch with these advantages in place of its own, which are back at the end unless others were put there.
+
+    Example:
+        >>> batch = {"advantages": torch.ones(2)}
+        >>> with lowered(batch, batch["advantages"] - 0.5):
+        ...     print(batch["advantages"])
+        tensor([0.5000, 0.5000])
+        >>> batch["advantages"]
+        tensor([1., 1.])
+    """
+    given, batch["advantages"] = batch["advantages"], advantages
+    try:
+        yield
+    finally:
+        if batch.get("advantages") is advantages:
+            batch["advantages"] = given

@@ -13,6 +13,7 @@ _KERNELS = (
     "fused kernels may overwrite in one backward pass what a second one needs, which autograd does not notice; what "
     "a model gets from the hub is not known beforehand; use the model's own layers"
 )
+SHIFTABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo")
 SEPARABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
 
@@ -22,6 +23,30 @@ def refuse_beta(config: Any) -> None:
             "beta: PCR arbitrates between reward and KL, and TRL's default of 0 leaves no KL gradient; "
             f"set beta > 0, such as 0.04 (got {config.beta})"
         )
+
+
+def refuse_baseline(config: Any) -> None:
+    """ValueError for settings under which a shift of the advantages would bias the gradient (docs/baseline.md)."""
+    if not 0 <= config.baseline < 1:
+        raise ValueError(f"baseline: expected the memory of the baseline, a number in [0, 1), got {config.baseline!r}")
+    if config.loss_type not in SHIFTABLE_LOSSES:
+        raise ValueError(
+            f"baseline: loss_type={config.loss_type!r} is not in proportion to the advantage; use one of "
+            f"{', '.join(SHIFTABLE_LOSSES)}"
+        )
+    biased = {
+        "mask_truncated_completions": config.mask_truncated_completions,
+        "top_p": config.top_p != 1.0,
+        "top_k": bool(config.top_k),
+        "min_p": bool(config.min_p),
+        "off_policy_mask_threshold": config.off_policy_mask_threshold is not None,
+    }
+    for name, is_set in biased.items():
+        if is_set:
+            raise ValueError(
+                f"baseline: with {name} a shift of all advantages changes the expected gradient, since which responses "
+                "or tokens count depends on what was drawn; leave one of them out"
+            )
 
 
 def refuse_config(config: Any) -> None:

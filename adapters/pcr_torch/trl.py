@@ -22,11 +22,12 @@ from torch import Tensor
 
 from pcr_core.statistics import Strata
 from pcr_torch import checkpoints
+from pcr_torch.baseline import Applied
 from pcr_torch.blocks import FrozenBlocks, Granularity, select_blocks
 from pcr_torch.carried_state import carry, state_of
 from pcr_torch.distributed import kept_whole, sharded_modules
 from pcr_torch.groups import Text, owners, shuffle_groups, texts, texts_of
-from pcr_torch.lent_batch import lent
+from pcr_torch.lent_batch import lent, lowered
 from pcr_torch.method import PCR, Norms
 from pcr_torch.pullback import total_dtype
 from pcr_torch.report import Report
@@ -46,6 +47,7 @@ except ImportError as error:
 __all__ = ["PCRConfig", "PCRTrainer"]
 
 _GROUP_IDS, _TEXTS = "pcr_group_ids", "pcr_texts"
+_LENGTH = 1024  # unit of lengths where none is the longest
 _REQUEST = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[1:]
 
 _log = logging.getLogger("pcr_torch")
@@ -82,7 +84,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         _without_reentrant(config)
         self._sampler: Any = None  # of prompts, in training; None for a stream of them
         self._shared: SharedForward | None = None  # while a loss is evaluated
-        self._pending: tuple[SharedForward, tuple[list[Text], list[int]]] | None = None  # until its backward pass
+        # until its backward pass: what a loss is given, its texts and groups, and with a baseline its advantages
+        self._pending: tuple[SharedForward, tuple[list[Text], list[int]], Applied | None] | None = None
         self._ones: Ones | None = None
         self._training = False
         self._accumulated = False  # whether this step has a micro-batch
@@ -173,6 +176,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             norms=cast(Norms, config.norms),
             noise_every=config.noise_every,
             every=config.every,
+            baseline=config.baseline,
         )
         if state is not None:
             carry(state, self.method, self._selection)
@@ -286,6 +290,11 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             )
         if self._shared.advantages(inputs["advantages"]) is inputs["advantages"]:
             return super()._compute_loss(model, inputs)
+        if self.args.baseline is not None:
+            raise ValueError(
+                "baseline: a class above puts advantages of its own in the batch's place within its loss, after the "
+                "baseline was subtracted; make them in the reward functions, or do without the baseline"
+            )
         with lent(inputs, self._shared.advantages, ()):  # a class above has put others in their place
             return super()._compute_loss(model, inputs)
 
@@ -312,9 +321,13 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
                 dtype = total_dtype(next(p for p in self.model.parameters() if p.requires_grad))
                 self._ones = Ones(self.accelerator.device, dtype)
             self._shared = shared = SharedForward(self._ones)
-            self._pending = shared, _carried(inputs)
+            applied = self._applied(inputs)
+            self._pending = shared, _carried(inputs), applied
             try:
-                with lent(inputs, shared.advantages, (_GROUP_IDS, _TEXTS)):
+                with (
+                    nullcontext() if applied is None else lowered(inputs, applied[0]),
+                    lent(inputs, shared.advantages, (_GROUP_IDS, _TEXTS)),
+                ):
                     loss = compute_loss(model, inputs, *args, **kwargs)
                 shared.returned(loss)
                 return loss
@@ -323,13 +336,27 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
 
         return watched
 
+    def _applied(self, inputs: dict[str, Any]) -> Applied | None:
+        """With a baseline: the advantages lowered by it, and each response's weight in it."""
+        method = self.method
+        if self.args.baseline is None or method is None or self._plain:
+            return None
+        advantages, mask = inputs.get("advantages"), inputs["completion_mask"]
+        if not isinstance(advantages, Tensor) or advantages.ndim != 1:
+            raise ValueError("baseline: it shifts advantages of responses, so inputs['advantages'] has to be (n,)")
+        weight = None
+        if self.args.loss_type == "grpo":  # divides by the response's length
+            tokens = mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+            weight = tokens.sum(dim=1) / (self.args.max_completion_length or _LENGTH)
+        return method.shifted(advantages, weight), weight
+
     def _accumulate(self, loss: Tensor, **kwargs: Any) -> None:
         """In place of `accelerator.backward`."""
         assert self.method is not None
         if self._pending is None or self._shared is not None or not self._pending[0].made(loss):
             self._backward_of_another(loss, **kwargs)
             return
-        (shared, carried), self._pending = self._pending, None
+        (shared, carried, applied), self._pending = self._pending, None
         loss = loss / self.accelerator.gradient_accumulation_steps
         streams = shared.streams(loss, self.model, sharded=self.is_fsdp_enabled, beta=self._beta)
         if streams is not None:
@@ -350,7 +377,10 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             if self._plain:
                 torch.autograd.backward(logp, plasticity + stability)
             else:
-                self.method.accumulate_cotangents(logp, plasticity, stability, group_ids=group_ids)
+                advantages, weight = (None, None) if applied is None else applied
+                self.method.accumulate_cotangents(
+                    logp, plasticity, stability, group_ids=group_ids, advantages=advantages, weight=weight
+                )
             self._accumulated, self._resumed = True, None
         elif self.accelerator.num_processes > 1:
             raise ValueError(

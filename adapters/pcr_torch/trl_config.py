@@ -15,7 +15,7 @@ from pcr_core.statistics import Strata
 from pcr_torch.blocks import Granularity
 from pcr_torch.meter import Meter
 from pcr_torch.method import Norms
-from pcr_torch.separability import refuse_beta
+from pcr_torch.separability import refuse_baseline, refuse_beta
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")  # as transformers' parser reads them
 _CHOICES = {
@@ -73,6 +73,13 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
         default=1,
         metadata={"help": "Measure every K-th step, one backward pass between; one block of all that is trained only."},
     )
+    baseline: float | None = field(
+        default=None,
+        metadata={
+            "help": "Memory in [0, 1) of a variance-optimal shift of the advantages from measured gradient norms, such "
+            "as 0.9. None: GRPO's own advantages."
+        },
+    )
     log_layers: bool = field(default=False, metadata={"help": "Log the pcr/ metrics of every layer as well."})
 
     def __post_init__(self) -> None:
@@ -81,7 +88,7 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
 
     def check(self) -> None:
         """Text that says a number or a truth value becomes it; ValueError or TypeError for what is no option."""
-        for name in ("beta", "max_boost", "discount"):
+        for name in ("beta", "max_boost", "discount", "baseline"):
             setattr(self, name, _number(name, getattr(self, name), float, optional=name != "beta"))
         self.every = _number("every", self.every, int)
         self.noise_every = _number("noise_every", self.noise_every, int, optional=True)
@@ -111,8 +118,10 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
                 f"rule: a config is saved as text, so it takes the name of a rule ({', '.join(pcr_core.RULES)}, or "
                 f"module:name of your own), got {self.rule!r}"
             )
-        Meter.of(self.make_rule(), self.noise_every)
+        Meter.of(self.make_rule(), self.noise_every, baseline=self.baseline is not None)
         refuse_beta(self)
+        if self.baseline is not None:
+            refuse_baseline(self)
 
     def make_rule(self) -> pcr_core.Rule:
         """The rule these options describe; ValueError for an option that the rule does not have."""

@@ -121,6 +121,10 @@ def run(
         int | None,
         typer.Option(help="Measure the gradients' noise in every K-th step; 0: never. [10; 1 for rules that need it]"),
     ] = None,
+    baseline: Annotated[
+        float | None,
+        typer.Option(help="Shift advantages by what measured gradient norms call for; its memory, such as 0.9. [off]"),
+    ] = None,
     router_loss: Annotated[
         float | None, typer.Option(help="Coefficient of a mixture of experts' load-balancing loss. [0]")
     ] = None,
@@ -171,6 +175,7 @@ def run(
         "granularity": granularity,
         "norms": norms,
         "noise_every": noise_every,
+        "baseline": baseline,
         "router_loss": router_loss,
         "beta": beta,
         "learning_rate": learning_rate,

@@ -36,6 +36,8 @@ class Settings:
         granularity: "tensor", "module", "layer" or "global".
         norms: how per-response norms are measured: "auto", "fast" or "loop", see `pcr_torch.PCR`.
         noise_every: measure the gradients' noise in every K-th step, see `pcr_torch.PCR`; None for its default.
+        baseline: memory in [0, 1) of a shift of the advantages from measured gradient norms (docs/baseline.md); None
+            for GRPO's own advantages.
         router_loss: coefficient of the load-balancing loss of a mixture of experts; 0 leaves it out.
         beta: coefficient of the KL divergence to the starting model; > 0.
         learning_rate: of Adam, constant.
@@ -71,6 +73,7 @@ class Settings:
     granularity: str = "tensor"
     norms: str = "auto"
     noise_every: int | None = None
+    baseline: float | None = None
     router_loss: float = 0.0
     beta: float = 0.04
     learning_rate: float = 4e-6
@@ -109,6 +112,10 @@ class Settings:
                 f"--noise-every {self.noise_every}: --rule {self.rule} with these options reads the noise of the "
                 "gradients in every step; leave it out, or give --alpha a number"
             )
+        if self.baseline is not None and not 0 <= self.baseline < 1:
+            raise ValueError(f"--baseline: expected its memory, a number in [0, 1) such as 0.9, got {self.baseline}")
+        if self.baseline is not None and self.noise_every == 0:
+            raise ValueError("--noise-every 0: --baseline is estimated from the norms that are measured with the noise")
         if not 0 <= self.router_loss < math.inf:
             raise ValueError(f"--router-loss: expected a number >= 0, got {self.router_loss}")
         if not self.model:

@@ -338,6 +338,7 @@ def test_checkpoints_hold_bits_and_refuse_another_tree(tmp_path: Path) -> None:
         (["--rule", "grpo"], "rule 'grpo' has no option 'alpha'"),
         (["--blocks", "nothing-like-this"], "matches no floating leaf"),
         (["--gate", "maybe"], "gate"),
+        (["--baseline", "0.9"], "--baseline: --framework jax has none yet"),
         (["--router-loss", "0.1"], "--router-loss: --framework jax trains a model without experts"),
     ],
 )

@@ -68,6 +68,7 @@ def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:
         granularity=settings.granularity,
         norms=settings.norms,
         noise_every=settings.noise_every,
+        baseline=settings.baseline,
         router_aux_loss_coef=settings.router_loss,  # not the model's own, by default: it takes a backward pass more
         beta=settings.beta,
         learning_rate=settings.learning_rate,
