@@ -157,7 +157,7 @@ def update_baseline_sums(
     Args:
         past: earlier results of this function, or the first measurement.
         new: the measurement; of one batch, so sums of micro-batches or devices are added up before.
-        memory: in [0, 1): weight of the past against the new; 1/(1 - memory) measurements are remembered.
+        memory: in [0, 1), weight of the past against the new; 1/(1 - memory) measurements are remembered.
 
     Raises:
         ValueError: a memory out of bounds.

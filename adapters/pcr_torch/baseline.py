@@ -11,6 +11,7 @@ from torch import Tensor
 
 import pcr_core
 from pcr_core import BaselineSums
+from pcr_core._numbers import is_number
 from pcr_torch.distributed import Ranks
 
 Applied = tuple[Tensor, Tensor | None]  # advantages (n,) as the loss was given them, and weights (n,) of the shift
@@ -34,13 +35,19 @@ class Baseline:
     """b for the next step, from the norms of the steps that were measured.
 
     Args:
+        share: of the variance-optimal shift, in (0, 1].
         memory: see `pcr_core.update_baseline_sums`.
     """
 
-    def __init__(self, memory: float) -> None:
-        self.memory = memory
+    def __init__(self, share: float, memory: float = 0.9) -> None:
+        if not (is_number(share) and 0 < share <= 1):
+            raise ValueError(
+                f"baseline: expected the share of the variance-optimal shift, a number in (0, 1], got {share!r}"
+            )
+        if not (is_number(memory) and 0 <= memory < 1):
+            raise ValueError(f"baseline_memory: expected a number in [0, 1), got {memory!r}")
+        self.share, self.memory = share, memory
         self._known = self._new = _nothing()
-        pcr_core.update_baseline_sums(self._known, self._new, memory=memory)  # refuses a memory out of bounds
         self.shift = 0.0
         self._asked = False  # whether this step's advantages were shifted
 
@@ -78,7 +85,7 @@ class Baseline:
                 sums = BaselineSums(*ranks.sum(torch.stack(astuple(sums))).unbind())
             reduction = float(pcr_core.variance_reduction(sums, applied))
             self._known = pcr_core.update_baseline_sums(self._known, sums, memory=self.memory)
-            self.shift = float(pcr_core.estimate_baseline(self._known).shift)
+            self._estimate()
         self.discard()
         return Shift(applied, reduction)
 
@@ -91,8 +98,11 @@ class Baseline:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._known = BaselineSums(*state["sums"].double().cpu().unbind())
-        self.shift = float(pcr_core.estimate_baseline(self._known).shift)
+        self._estimate()
         self.discard()
+
+    def _estimate(self) -> None:
+        self.shift = self.share * float(pcr_core.estimate_baseline(self._known).shift)
 
 
 def _nothing() -> BaselineSums[Tensor]:

@@ -69,9 +69,11 @@ class PCR:
             the two streams weighted as last measured, at the cost of an ordinary update. That is exact in form only
             where one pair of weights serves all that is trained: one block that holds every trainable parameter
             (granularity="global", blocks="all"; or LoRA in the MLP modules with blocks="mlp").
-        baseline: memory in [0, 1) of a variance-optimal shift of the advantages, estimated from the measured norms of
-            responses' gradients (docs/baseline.md); 0.9 remembers ten measurements. None for GRPO's own advantages.
-            Needs the noise in every K-th step. Losses are made of `shifted` advantages, see there.
+        baseline: shift advantages by this share, in (0, 1], of what is optimal for the variance of P, estimated from
+            the measured norms of responses' gradients (docs/baseline.md). Half of it takes away three quarters of what
+            all of it does, and learned better. None for GRPO's own advantages. Needs the noise in every K-th step;
+            losses are made of `shifted` advantages, see there.
+        baseline_memory: in [0, 1), weight of past measurements against the last one.
         workspace: numbers of per-response gradients held at once on an accelerator without Triton. With Triton none is
             in memory; a CPU holds a small tile of one.
         process_group: for plain copies of a model on several processes: the ranks to average over.
@@ -122,6 +124,7 @@ class PCR:
         noise_every: int | None = None,
         every: int = 1,
         baseline: float | None = None,
+        baseline_memory: float = 0.9,
         workspace: int = WORKSPACE,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -137,7 +140,7 @@ class PCR:
         self.rule = rule
         self.strata = strata
         self._meter = Meter.of(rule, noise_every, baseline=baseline is not None)
-        self._baseline = None if baseline is None else Baseline(baseline)
+        self._baseline = None if baseline is None else Baseline(baseline, baseline_memory)
         self._selector, self._granularity = blocks, granularity
         self.blocks = select_blocks(self.model, blocks, granularity)
         named = dict(self.model.named_parameters())
@@ -270,7 +273,7 @@ class PCR:
             >>> from pcr_torch import PCR
             >>> _ = torch.manual_seed(0)
             >>> policy = torch.nn.Linear(4, 5)
-            >>> method = PCR(policy, blocks="weight", baseline=0.9)
+            >>> method = PCR(policy, blocks="weight", baseline=0.5)
             >>> optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
             >>> ids, mask = torch.arange(32) // 8, torch.ones(32, 1, dtype=torch.bool)
             >>> reference = torch.full((32, 1), -1.6)

@@ -27,8 +27,6 @@ def refuse_beta(config: Any) -> None:
 
 def refuse_baseline(config: Any) -> None:
     """ValueError for settings under which a shift of the advantages would bias the gradient (docs/baseline.md)."""
-    if not 0 <= config.baseline < 1:
-        raise ValueError(f"baseline: expected the memory of the baseline, a number in [0, 1), got {config.baseline!r}")
     if config.loss_type not in SHIFTABLE_LOSSES:
         raise ValueError(
             f"baseline: loss_type={config.loss_type!r} is not in proportion to the advantage; use one of "

@@ -177,6 +177,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             noise_every=config.noise_every,
             every=config.every,
             baseline=config.baseline,
+            baseline_memory=config.baseline_memory,
         )
         if state is not None:
             carry(state, self.method, self._selection)

@@ -12,6 +12,7 @@ import pcr_core
 from pcr_core._numbers import is_number
 from pcr_core.projection import Conflict, Gate, Update
 from pcr_core.statistics import Strata
+from pcr_torch.baseline import Baseline
 from pcr_torch.blocks import Granularity
 from pcr_torch.meter import Meter
 from pcr_torch.method import Norms
@@ -76,9 +77,12 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
     baseline: float | None = field(
         default=None,
         metadata={
-            "help": "Memory in [0, 1) of a variance-optimal shift of the advantages from measured gradient norms, such "
-            "as 0.9. None: GRPO's own advantages."
+            "help": "Shift advantages by this share, in (0, 1], of what is optimal by measured gradient norms. None: "
+            "GRPO's own advantages."
         },
+    )
+    baseline_memory: float = field(
+        default=0.9, metadata={"help": "Weight of past measurements in the baseline, in [0, 1)."}
     )
     log_layers: bool = field(default=False, metadata={"help": "Log the pcr/ metrics of every layer as well."})
 
@@ -88,8 +92,9 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
 
     def check(self) -> None:
         """Text that says a number or a truth value becomes it; ValueError or TypeError for what is no option."""
-        for name in ("beta", "max_boost", "discount", "baseline"):
-            setattr(self, name, _number(name, getattr(self, name), float, optional=name != "beta"))
+        for name in ("beta", "max_boost", "discount", "baseline", "baseline_memory"):
+            optional = name not in ("beta", "baseline_memory")
+            setattr(self, name, _number(name, getattr(self, name), float, optional=optional))
         self.every = _number("every", self.every, int)
         self.noise_every = _number("noise_every", self.noise_every, int, optional=True)
         self.log_layers = _truth("log_layers", self.log_layers)
@@ -120,6 +125,7 @@ class PCRConfig(GRPOConfig):  # type: ignore[misc]
             )
         Meter.of(self.make_rule(), self.noise_every, baseline=self.baseline is not None)
         refuse_beta(self)
+        Baseline(1.0 if self.baseline is None else self.baseline, self.baseline_memory)
         if self.baseline is not None:
             refuse_baseline(self)
 

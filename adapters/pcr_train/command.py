@@ -123,7 +123,9 @@ def run(
     ] = None,
     baseline: Annotated[
         float | None,
-        typer.Option(help="Shift advantages by what measured gradient norms call for; its memory, such as 0.9. [off]"),
+        typer.Option(
+            help="Share, such as 0.5, of the shift of advantages that measured gradient norms call for. [off]"
+        ),
     ] = None,
     router_loss: Annotated[
         float | None, typer.Option(help="Coefficient of a mixture of experts' load-balancing loss. [0]")

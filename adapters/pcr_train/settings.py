@@ -36,8 +36,8 @@ class Settings:
         granularity: "tensor", "module", "layer" or "global".
         norms: how per-response norms are measured: "auto", "fast" or "loop", see `pcr_torch.PCR`.
         noise_every: measure the gradients' noise in every K-th step, see `pcr_torch.PCR`; None for its default.
-        baseline: memory in [0, 1) of a shift of the advantages from measured gradient norms (docs/baseline.md); None
-            for GRPO's own advantages.
+        baseline: share, in (0, 1], of the shift of advantages that measured gradient norms call for (docs/baseline.md);
+            None for GRPO's own advantages.
         router_loss: coefficient of the load-balancing loss of a mixture of experts; 0 leaves it out.
         beta: coefficient of the KL divergence to the starting model; > 0.
         learning_rate: of Adam, constant.
@@ -112,8 +112,8 @@ class Settings:
                 f"--noise-every {self.noise_every}: --rule {self.rule} with these options reads the noise of the "
                 "gradients in every step; leave it out, or give --alpha a number"
             )
-        if self.baseline is not None and not 0 <= self.baseline < 1:
-            raise ValueError(f"--baseline: expected its memory, a number in [0, 1) such as 0.9, got {self.baseline}")
+        if self.baseline is not None and not 0 < self.baseline <= 1:
+            raise ValueError(f"--baseline: expected a share in (0, 1] such as 0.5, got {self.baseline}")
         if self.baseline is not None and self.noise_every == 0:
             raise ValueError("--noise-every 0: --baseline is estimated from the norms that are measured with the noise")
         if not 0 <= self.router_loss < math.inf:

@@ -59,7 +59,7 @@ def norms(model: nn.Module, names: list[str], seed: int) -> tuple[Tensor, Batch]
 @pytest.mark.parametrize("apart", [False, True], ids=["whole", "micro-batches"])
 def test_b_is_that_of_differentiated_responses(way: Any, weight: Tensor | None, apart: bool) -> None:
     model = tiny_model("llama")
-    method = PCR(model, rule=pcr_core.GRPO(), noise_every=1, norms=way, baseline=0.5)
+    method = PCR(model, rule=pcr_core.GRPO(), noise_every=1, norms=way, baseline=1.0, baseline_memory=0.5)
     sums = None
     for seed in (1, 2, 3):
         before = method.shift
@@ -80,7 +80,7 @@ def test_b_is_that_of_differentiated_responses(way: Any, weight: Tensor | None, 
 def test_it_works_with_every_rule_and_between_measurements(rule: Any) -> None:
     model = tiny_model("llama")
     needs = pcr_core.needs_noise(rule)
-    method = PCR(model, rule=rule, noise_every=1 if needs else 2, baseline=0.9)
+    method = PCR(model, rule=rule, noise_every=1 if needs else 2, baseline=0.5)
     reports = [step(model, method, seed) for seed in (1, 2, 3, 4)]
     reductions = [report.baseline.reduction is None for report in reports if report.baseline]
     assert reductions == ([False] * 4 if needs else [False, True, False, True])
@@ -92,7 +92,7 @@ def test_it_works_with_every_rule_and_between_measurements(rule: Any) -> None:
 
 def test_the_first_update_is_that_without_and_later_ones_of_shifted_advantages() -> None:
     model, other = tiny_model("llama"), tiny_model("llama")
-    method, plain = PCR(model, noise_every=1, baseline=0.9), PCR(other, noise_every=1)
+    method, plain = PCR(model, noise_every=1, baseline=0.5), PCR(other, noise_every=1)
     for seed in (1, 2):
         b = method.shift
         model.zero_grad()
@@ -109,18 +109,29 @@ def test_the_first_update_is_that_without_and_later_ones_of_shifted_advantages()
 
 def test_a_resumed_run_is_the_other_bit_for_bit(tmp_path: Any) -> None:
     model = tiny_model("llama")
-    method = PCR(model, noise_every=2, baseline=0.7)
+    method = PCR(model, noise_every=2, baseline=0.5, baseline_memory=0.7)
     for seed in (1, 2, 3):
         step(model, method, seed)
     torch.save(method.state_dict(), tmp_path / "state.pt")
     other = tiny_model("llama")
-    again = PCR(other, noise_every=2, baseline=0.7)
+    again = PCR(other, noise_every=2, baseline=0.5, baseline_memory=0.7)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.shift == method.shift != 0
     for seed in (4, 5):
         assert step(model, method, seed).baseline == step(other, again, seed).baseline
     assert again.shift == method.shift
     PCR(tiny_model("llama")).load_state_dict(method.state_dict())  # a run without a baseline does without
+
+
+def test_a_share_of_it() -> None:
+    shifts = []
+    for share in (1.0, 0.25):
+        model = tiny_model("llama")
+        method = PCR(model, noise_every=1, baseline=share)
+        step(model, method)
+        shifts.append(method.shift)
+    assert shifts[1] == pytest.approx(0.25 * shifts[0])
+    assert shifts[0] != 0
 
 
 def test_what_was_discarded_is_forgotten() -> None:
@@ -151,8 +162,10 @@ def test_misuse_is_named() -> None:
         method.accumulate(logp, objective(data, logp), group_ids=data.group_ids, advantages=data.advantages)
     with pytest.raises(ValueError, match="noise_every=0: the baseline"):
         PCR(model, noise_every=0, baseline=0.9)
-    for memory in (1.0, -1.0, True, "0.9"):
-        with pytest.raises(ValueError, match="memory: expected a number in"):
-            PCR(model, baseline=memory)  # type: ignore[arg-type]
+    for value in (0.0, -1.0, 1.1, True, "0.9"):
+        with pytest.raises(ValueError, match="baseline: expected the share"):
+            PCR(model, baseline=value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="baseline_memory: expected a number in"):
+        PCR(model, baseline=1.0, baseline_memory=1.0)
     assert PCR(model).shift == 0
     assert PCR(model).shifted(data.advantages) is data.advantages

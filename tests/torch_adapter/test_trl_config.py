@@ -91,7 +91,8 @@ WRONG: dict[str, list[Any]] = {
     "norms": [None, True, "", "slow"],
     "every": [True, False, None, 0, -1, 1.5, "1.5", "", math.nan, math.inf, [2]],
     "noise_every": [True, False, -1, 1.5, "1.5", "", "never", math.nan, math.inf, [2]],
-    "baseline": [True, "", "much", 1, -0.1, math.nan, [0.9]],
+    "baseline": [True, "", "much", 0, 1.5, -0.1, math.nan, [0.9]],
+    "baseline_memory": [None, True, "", "much", 1, -0.1, math.nan, [0.9]],
     "log_layers": [None, "", "maybe", 2, 1, 0.0, [True]],
 }
 

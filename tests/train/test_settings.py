@@ -22,6 +22,8 @@ from pcr_train.settings import Settings, make_settings
         ({"temperature": 1e-30}, "--temperature"),
         ({"max_boost": -1.0}, "max_boost"),
         ({"prompts": 4, "micro_prompts": 3}, "does not divide"),
+        ({"baseline": 0.0}, "--baseline: expected a share"),
+        ({"baseline": 0.5, "noise_every": 0}, "--noise-every 0: --baseline"),
         ({"precision": "float16"}, "expected one of float32, bfloat16"),
     ],
 )
