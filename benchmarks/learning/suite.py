@@ -6,7 +6,7 @@ general accuracy) five settings of each method are frozen, `Settings`; confirmat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.learning.bandit import ACTIONS, Method, Regime, simulate
+from benchmarks.learning.bandit import ACTIONS, Regime, simulate
 from benchmarks.learning.experiment import Choices, Job, Row
 from benchmarks.learning.sweep import Grid, best_beta_over_rates, best_pair, front_height, matched_beta, nearest
 
@@ -55,14 +55,15 @@ class Place:
 class Suite:
     """`baseline` is the method that the others are compared with; without `fronts`, best, rates and slow are all.
 
-    `diagnostics` names what is recorded of `bandit.Outcome` besides accuracies.
+    `diagnostics` names what is recorded of `bandit.Outcome` besides accuracies; another `simulate` is another problem.
     """
 
     places: Mapping[str, Place]
-    methods: Mapping[str, Method]
+    methods: Mapping[str, Any]
     baseline: str
     fronts: bool = True
     diagnostics: tuple[str, ...] = DIAGNOSTICS
+    simulate: Callable[..., Any] = simulate
 
     def jobs(self, seeds: tuple[int, ...], choices: Choices | None) -> list[Job]:
         """One per regime and CHUNK instances."""
@@ -79,7 +80,7 @@ class Suite:
         return out
 
     def _work(self, regime: Regime, cells: Any, seeds: tuple[int, ...], selection: bool, _: Path) -> Mapping[str, Any]:
-        out = simulate(regime, tuple(self.methods.values()), cells, seeds)
+        out = self.simulate(regime, tuple(self.methods.values()), cells, seeds)
         accuracies = {"target": out.target, "general": out.general, "drawdown": out.drawdown}
         if selection:
             return {name: _rounded(x.mean(axis=-1)) for name, x in accuracies.items()}
