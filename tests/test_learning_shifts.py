@@ -9,7 +9,7 @@ import pytest
 
 import pcr_core as pcr
 from benchmarks.learning.bandit import Memoryless, Params, Regime, simulate, streams
-from benchmarks.learning.shifts import LeaveOneOut, Measured
+from benchmarks.learning.shifts import Constant, LeaveOneOut, Measured
 
 IDS = jnp.asarray([0, 0, 0, 1, 1, 1])
 REWARDS = jnp.asarray([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
@@ -46,6 +46,18 @@ def test_the_shift_comes_from_earlier_steps() -> None:
     np.testing.assert_allclose(method.advantages(REWARDS, IDS, sums), grpo - method.shift(sums), rtol=1e-6)
     assert method.shift(sums) == pytest.approx(0.5, rel=0.01)
     assert Measured(pcr.GRPO(), share=0.5).shift(sums) == pytest.approx(0.25, rel=0.01)
+
+
+def test_controls() -> None:
+    grpo = pcr.group_advantages(REWARDS, IDS)
+    np.testing.assert_allclose(Constant(pcr.GRPO(), -0.5).advantages(REWARDS, IDS, ()), grpo + 0.5, rtol=1e-6)
+    params, found = step(grpo)
+    method = Measured(pcr.GRPO(), proxy=True)
+    sums = method.decide(found, jnp.asarray(0.0), method.start(params)).state
+    # responses 1 and 2 are the same; the second group is not known
+    one, two = np.asarray(found.logit_sq)[:2]
+    known = (one + 2 * two) / 3
+    assert float(sums.square) == pytest.approx(one + 2 * two + 3 * known, rel=1e-5)
 
 
 def test_leave_one_out() -> None:

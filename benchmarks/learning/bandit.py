@@ -79,6 +79,7 @@ class Streams(NamedTuple):
         response_sq: (responses,) |p_i|^2, both blocks.
         advantages: (responses,) as they were applied.
         ids: (responses,) the prompt of each.
+        logit_sq: (responses,) squared norm of log pi's derivative with respect to the logits.
     """
 
     plasticity: Params
@@ -89,6 +90,7 @@ class Streams(NamedTuple):
     response_sq: Array | None = None
     advantages: Array | None = None
     ids: Array | None = None
+    logit_sq: Array | None = None
 
 
 class Decision(NamedTuple):
@@ -332,7 +334,8 @@ def streams(
     along = pcr_core.stratified_variance(squares, jnp.sum(products, axis=1) ** 2, ids)
     one = jnp.einsum("qgh,q->qg", back**2, square_x) + jnp.einsum("qgk,q->qg", error**2, square_h)
     response_sq = (cotangents[0] ** 2 * one).reshape(-1)
-    return Streams(plasticity, stability, plain, metric, along, response_sq, advantages, ids)
+    logit_sq = jnp.sum(error**2, axis=2).reshape(-1)
+    return Streams(plasticity, stability, plain, metric, along, response_sq, advantages, ids, logit_sq)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

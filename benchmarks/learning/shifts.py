@@ -15,11 +15,15 @@ from benchmarks.learning.bandit import Decision, Memoryless, Params, Streams
 
 @dataclass(frozen=True)
 class Measured:
-    """GRPO's advantages less b of docs/baseline.md, from the measured norms of earlier steps; `share` of it."""
+    """GRPO's advantages less b of docs/baseline.md, from the measured norms of earlier steps; `share` of it.
+
+    With `proxy` the derivative with respect to the logits takes the gradient's place, which costs no backward pass.
+    """
 
     rule: pcr.Rule
     memory: float = 0.9
     share: float = 1.0
+    proxy: bool = False
 
     def start(self, params: Params) -> Any:
         return pcr.BaselineSums(*jnp.zeros(6))
@@ -35,11 +39,22 @@ class Measured:
         assert streams.response_sq is not None
         assert streams.advantages is not None
         assert streams.ids is not None
-        sums = pcr.baseline_sums(
-            streams.response_sq, streams.advantages, group_ids=streams.ids, shift=self.shift(state)
-        )
+        assert streams.logit_sq is not None
+        square = streams.advantages**2 * streams.logit_sq if self.proxy else streams.response_sq
+        sums = pcr.baseline_sums(square, streams.advantages, group_ids=streams.ids, shift=self.shift(state))
         state = pcr.update_baseline_sums(state, sums, memory=self.memory)
         return Decision(self.rule(streams.statistics), jax.tree.map(jnp.zeros_like, streams.plasticity), state)
+
+
+@dataclass(frozen=True)
+class Constant(Memoryless):
+    """Control: the same shift in every step, which knows nothing."""
+
+    shift: float = 0.0
+
+    def advantages(self, rewards: Array, ids: Array, state: Any) -> Array:
+        given: Array = pcr.group_advantages(rewards, ids) - self.shift
+        return given
 
 
 @dataclass(frozen=True)
