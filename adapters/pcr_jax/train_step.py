@@ -14,10 +14,11 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pcr_core
-from pcr_core import Objective, PriorState, Rule, Scatter, needs_noise
+from pcr_core import BaselineSums, Objective, PriorState, Rule, Scatter, needs_noise
 from pcr_core._numbers import is_number
 from pcr_core.objective import KL, Importance, Normalization, batch_normalizer, check_options
 from pcr_core.rules import require_rule
+from pcr_jax.baseline import Shift, check_baseline, measured, no_sums, weights
 from pcr_jax.blocks import Blocks, Granularity, Selector, select_blocks
 from pcr_jax.checks import check_floating, check_mask, check_width
 from pcr_jax.pullback import LogpFn, Norms, Path, pullback
@@ -51,12 +52,16 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a checkpoint has to hold; a pytree. `step` is () int32, `prior` is TemporalPrior's, else None."""
+    """All that a checkpoint has to hold; a pytree.
+
+    `step` is () int32; `prior` is TemporalPrior's, `baseline` that of make_train_step(baseline=), else None.
+    """
 
     params: Any
     optimizer: Any
     step: Array
     prior: PriorState[Any] | None = None
+    baseline: BaselineSums[Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class StepReport:
 
     `resolution.prior` is None: it is in the new state. `path` says how the gradients were had, see `Pulled`;
     with "autograd" the noise was not measured, and is None in `resolution`. It is part of the pytree's structure.
+    `baseline` is what the shift of advantages did, None without one.
     """
 
     plasticity_loss: Array
@@ -73,6 +79,7 @@ class StepReport:
     clip_fraction: Array
     resolution: Report
     path: Path = "loop"
+    baseline: Shift | None = None
 
 
 register(Rollouts)
@@ -94,11 +101,17 @@ class Measuring:
     last: tuple[Any, int] | None = None  # the step of the last new state, as an array and as a number
 
     @classmethod
-    def of(cls, rule: Rule, every: int | None) -> Measuring:
+    def of(cls, rule: Rule, every: int | None, *, baseline: bool = False) -> Measuring:
         if every is not None and (isinstance(every, bool) or not isinstance(every, numbers.Integral) or every < 0):
             raise ValueError(f"noise_every: expected an integer >= 0 (0 for never), or None, got {every!r}")
+        if baseline and every == 0:
+            raise ValueError(
+                "noise_every=0: the baseline is estimated from the norms that are measured with the noise; leave it "
+                "out, or measure in every K-th step"
+            )
         if not needs_noise(rule):
-            return cls(DEFAULT_NOISE_EVERY if every is None else int(every), optional=every is None)
+            steps = DEFAULT_NOISE_EVERY if every is None else int(every)
+            return cls(steps, optional=every is None and not baseline)
         if every not in (None, 1):
             raise ValueError(
                 f"noise_every={every}: {rule!r} reads the noise of the gradients in every step; use noise_every=1, or "
@@ -157,12 +170,13 @@ def init_state(
     *,
     blocks: Blocks | Selector = "mlp",
     granularity: Granularity = "tensor",
+    baseline: bool = False,
 ) -> TrainState:
     """The state before the first step.
 
     `params` are copied, since steps take the memory of the state they are given. Where they lie on a mesh, so does all
     of the state: the optimizer's moments like their parameters, counters replicated. `rule`, `blocks` and `granularity`
-    are those of `make_train_step`; only TemporalPrior asks for them.
+    are those of `make_train_step`; only TemporalPrior asks for them. `baseline`: whether the step has one.
     """
     check_floating(params, "params")
     # of a dtype that is meant: a weakly typed array would become another in the first step, which compiles anew
@@ -170,7 +184,8 @@ def init_state(
     prior = None
     if is_temporal(rule):
         prior = init_prior(params, blocks if isinstance(blocks, Blocks) else select_blocks(params, blocks, granularity))
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), prior)
+    known = no_sums() if baseline else None
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), prior, known)
     meshes = {x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(x.sharding, NamedSharding)}
     if not meshes:
         return state
@@ -199,6 +214,8 @@ def make_train_step(
     shardings: TrainState | None = None,
     data_axis: str | Sequence[str] = "data",
     noise_every: int | None = None,
+    baseline: float | None = None,
+    baseline_memory: float = 0.9,
 ) -> TrainStep:
     """A jitted `step(state, rollouts) -> (state, report)`, which compiles once for each shape of a batch.
 
@@ -229,6 +246,10 @@ def make_train_step(
         noise_every: measure the noise in every K-th step, counted by `state.step`; 0 for never. A rule that needs it
             gets it in every step. For the others None is every 10th, and never where norms="auto" would take the loop.
             In the steps without, the report holds None for the noise, and its `path` is "autograd".
+        baseline: shift advantages by this share, in (0, 1], of what is optimal for the variance of P, estimated from
+            the measured norms of responses' gradients (docs/baseline.md); 0.5 was best where it was tried. None for
+            the advantages as they are. Needs the noise in every K-th step, and `init_state(..., baseline=True)`.
+        baseline_memory: in [0, 1), weight of past measurements against the last one.
 
     Raises:
         ValueError, TypeError: naming the argument, here or when a batch of a new shape is traced.
@@ -279,7 +300,8 @@ def make_train_step(
             kl=kl,
         )
 
-    measuring = Measuring.of(rule, noise_every)
+    check_baseline(baseline, baseline_memory)
+    measuring = Measuring.of(rule, noise_every, baseline=baseline is not None)
 
     def step(state: TrainState, rollouts: Rollouts, *, noise: bool) -> tuple[TrainState, StepReport]:
         path: Path = "loop"
@@ -291,6 +313,10 @@ def make_train_step(
                 "state: TemporalPrior keeps state, other rules none; make it with init_state(params, optimizer, rule, "
                 "blocks=...) of this step's rule"
             )
+        if (baseline is None) != (state.baseline is None):
+            raise ValueError(
+                "state: make it with init_state(..., baseline=True) for a step with a baseline, and without for others"
+            )
         if layout is not None:
             _check_layout(layout, shardings, state, rollouts, group_size)
             rollouts = layout.split(rollouts)
@@ -299,13 +325,21 @@ def make_train_step(
             advantages = jnp.where(there, rollouts.advantages, 0)  # whatever the rows that fill up hold
             mask = jnp.where(there[:, None], rollouts.mask, jnp.zeros_like(rollouts.mask))
             rollouts = replace(rollouts, mask=mask, advantages=advantages)
+        shift, weight = jnp.zeros(()), jnp.zeros(rollouts.advantages.shape)
+        if baseline is not None and state.baseline is not None:
+            shift = baseline * pcr_core.estimate_baseline(state.baseline).shift
+            weight = weights(rollouts.mask, rollouts.present, normalization)
+            lowered = rollouts.advantages - (shift * weight).astype(rollouts.advantages.dtype)
+            rollouts = replace(rollouts, advantages=lowered)
         normalizer = batch_normalizer((rollouts.mask != 0).astype(jnp.float32), normalization)
         n = rollouts.mask.shape[0]
         present = n if rollouts.present is None else jnp.sum(rollouts.present)
         if normalization in ("grpo", "dr_grpo"):  # these count responses
             normalizer = normalizer // n * present
 
-        def pull(params: Any, rollouts: Rollouts, normalizer: Any) -> tuple[Any, Any, Array, Scatter[Array] | None]:
+        def pull(
+            params: Any, rollouts: Rollouts, normalizer: Any
+        ) -> tuple[Any, Any, Array, Scatter[Array] | None, Array | None]:
             nonlocal path
             pulled = pullback(
                 lambda params, rows: logp_fn(params, rows.inputs),
@@ -323,17 +357,18 @@ def make_train_step(
             if noise and path == "autograd":
                 measuring.stopped = True
             if pulled.response is None:
-                return pulled.plasticity, pulled.stability, pulled.logp, None
+                return pulled.plasticity, pulled.stability, pulled.logp, None, None
             scatter = pulled.scatter(rollouts.present)
-            return pulled.plasticity, pulled.stability, pulled.logp, scatter if layout is None else layout.sum(scatter)
+            scatter = scatter if layout is None else layout.sum(scatter)
+            return pulled.plasticity, pulled.stability, pulled.logp, scatter, jnp.sum(pulled.response[0], axis=1)
 
         if layout is not None:
             held = jax.tree.unflatten(
                 jax.tree.structure(state.params), [layout.spec(k, layout.data) for k in range(len(layout.specs))]
             )
             rows, whole = layout.rollouts.spec, PartitionSpec()
-            pull = layout.by_shard(pull, (held, rows, whole), (held, held, rows, whole))
-        plasticity, stability, logp, scatter = pull(state.params, rollouts, normalizer)
+            pull = layout.by_shard(pull, (held, rows, whole), (held, held, rows, whole, rows))
+        plasticity, stability, logp, scatter, response_sq = pull(state.params, rollouts, normalizer)
         update, resolution = resolve(
             plasticity, stability, scatter, rule, blocks=chosen, prior=state.prior, layout=layout
         )
@@ -350,7 +385,14 @@ def make_train_step(
             replace(resolution, prior=None),
             path,
         )
-        return TrainState(params, inner, state.step + 1, resolution.prior), report
+        known = state.baseline
+        if known is not None:
+            reduction = None
+            if response_sq is not None:
+                given = rollouts.advantages
+                known, reduction = measured(known, response_sq, given, weight, shift, group_size, baseline_memory)
+            report = replace(report, baseline=Shift(shift, reduction))
+        return TrainState(params, inner, state.step + 1, resolution.prior, known), report
 
     placed: dict[str, Any] = {}
     if layout is not None:
