@@ -20,7 +20,7 @@ from rich.progress import track
 
 import pcr_core
 from measure import Row, rows_of
-from pcr_jax import dense, pullback, resolve, select_blocks
+from pcr_jax import pullback, resolve, select_blocks
 
 LAYERS, HIDDEN, MLP, HEADS, KV_HEADS = 8, 512, 1536, 8, 4
 GROUP = 4
@@ -63,8 +63,8 @@ def logp_fn(params: Any, rows: Any) -> Array:
     for layer in params["layers"]:
         h = h + _attention(_norm(h, layer["norm"]), layer["attn"], turn)
         x, mlp = _norm(h, layer["mlp_norm"]), layer["mlp"]
-        h = h + dense(jax.nn.silu(dense(x, mlp["gate"])) * dense(x, mlp["up"]), mlp["down"])
-    logits = dense(_norm(h, jnp.ones(HIDDEN)), params["head"])
+        h = h + (jax.nn.silu(x @ mlp["gate"]) * (x @ mlp["up"])) @ mlp["down"]
+    logits = _norm(h, jnp.ones(HIDDEN)) @ params["head"]
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
     return chosen[..., 0]
 
@@ -86,10 +86,10 @@ def _turned(x: Array, turn: tuple[Array, Array]) -> Array:
 
 def _attention(x: Array, weights: Any, turn: tuple[Array, Array]) -> Array:
     n, length, _ = x.shape
-    q = _turned(dense(x, weights["q"]).reshape(n, length, HEADS, -1), turn)
-    k, v = jnp.split(dense(x, weights["kv"]).reshape(n, length, 2 * KV_HEADS, -1), 2, axis=2)
+    q = _turned((x @ weights["q"]).reshape(n, length, HEADS, -1), turn)
+    k, v = jnp.split((x @ weights["kv"]).reshape(n, length, 2 * KV_HEADS, -1), 2, axis=2)
     mixed = jax.nn.dot_product_attention(q, _turned(k, turn), v, is_causal=True)
-    return dense(mixed.reshape(n, length, -1), weights["o"])
+    return mixed.reshape(n, length, -1) @ weights["o"]
 
 
 def cotangents(logp: Array, rows: Any) -> tuple[Array, Array]:

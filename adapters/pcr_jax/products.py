@@ -9,7 +9,9 @@ which leave a sharding as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from pcr_jax.sharding import Axes, Layout
 
 _PART = 128
 _LANES = (1 << 13) + 64  # no power of two, at which all terms of a lane would want the same lines of the first cache
-_AT_ONCE = 8  # terms of a lane that are read in a turn of the loop; with them, what a core's cache holds
+_AT_ONCE = 4  # terms of a lane that are read in a turn of the loop; with them, what a core's cache holds
 _RUN = 16  # turns that a lane adds before its sum is added to others: equal terms round alike in all lanes
 
 
@@ -70,36 +72,51 @@ def in_one_piece(layout: Layout | None) -> bool:
 
 def three(p: Array, s: Array, *, whole: bool) -> Array:
     """(3,) p.p, s.s and p.s; `whole`: of arrays that are in one piece."""
-    turn = _LANES * _AT_ONCE
-    turns = p.size // turn
-    if not whole or not turns:
-        return jnp.stack([inner(p, p), inner(s, s), inner(p, s)])
+    if not whole or p.size < _LANES * _AT_ONCE:
+        return three_of_rows(p, s, leading=0)
+    products: Array = jax.lax.platform_dependent(p, s, cpu=_three_in_lanes, default=partial(three_of_rows, leading=0))
+    return products
+
+
+@partial(jax.jit, static_argnames="leading")
+def three_of_rows(p: Array, s: Array, leading: int) -> Array:
+    """(..., 3) p.p, s.s and p.s over all but some leading axes, by reductions that XLA fuses with the products."""
+    wide = wide_dtype()
+    p, s = p.astype(wide), s.astype(wide)
+    terms = [p * p, s * s, p * s]
+    while wide != jnp.float64 and terms[0].size > _PART * math.prod(terms[0].shape[:leading]):
+        terms = [t.reshape(*t.shape[:leading], -1) for t in map(_short_sums, terms)]
+    return jnp.stack([t.reshape(*t.shape[:leading], -1).sum(-1) for t in terms], axis=-1)
+
+
+def _three_in_lanes(p: Array, s: Array) -> Array:
+    """On a CPU: one reading of both arrays, with sums that stay in a core's cache."""
     wide = wide_dtype()
     p, s = p.reshape(-1), s.reshape(-1)
+    turn = _LANES * _AT_ONCE
+    turns = p.size // turn
+    nothing = (jnp.zeros(_LANES, wide),) * 3
 
-    def one_turn(sums: tuple[Array, ...], k: Array) -> tuple[tuple[Array, ...], None]:
-        def term(j: int) -> tuple[Array, ...]:
-            a, b = (jax.lax.dynamic_slice(x, (k * turn + j * _LANES,), (_LANES,)).astype(wide) for x in (p, s))
-            return a * a, b * b, a * b
+    def products(slices: Sequence[tuple[Array, Array]]) -> list[Array]:
+        pairs = [(a.astype(wide), b.astype(wide)) for a, b in slices]
+        # in pairs, not one after the other
+        return [_pairwise(terms) for terms in zip(*((a * a, b * b, a * b) for a, b in pairs), strict=True)]
 
-        # in pairs, not one after the other; slices of a lane's width, which XLA fuses with the sums
-        parts = [_pairwise(terms) for terms in zip(*(term(j) for j in range(_AT_ONCE)), strict=True)]
-        return tuple(total + new for total, new in zip(sums, parts, strict=True)), None
+    def one_turn(k: Array, sums: Any) -> Any:
+        # slices of a lane's width, which XLA fuses with the sums
+        starts = [k * turn + j * _LANES for j in range(_AT_ONCE)]
+        slices = [tuple(jax.lax.dynamic_slice(x, (start,), (_LANES,)) for x in (p, s)) for start in starts]
+        return jax.tree.map(jnp.add, sums, tuple(products(slices)))
 
-    def run(first: Array | int, length: int) -> tuple[Array, ...]:
-        nothing = (jnp.zeros(_LANES, wide),) * 3
-        sums: tuple[Array, ...] = jax.lax.scan(one_turn, nothing, first + jnp.arange(length))[0]
-        return sums
+    def one_run(k: Array, sums: Any) -> Any:
+        run = jax.lax.fori_loop(k * _RUN, jnp.minimum((k + 1) * _RUN, turns), one_turn, nothing)
+        return jax.tree.map(jnp.add, sums, run)
 
-    def one_run(sums: tuple[Array, ...], k: Array) -> tuple[tuple[Array, ...], None]:
-        return tuple(total + new for total, new in zip(sums, run(k * _RUN, _RUN), strict=True)), None
-
-    runs = turns // _RUN
-    lanes = run(runs * _RUN, turns % _RUN)
-    if runs:
-        lanes, _ = jax.lax.scan(one_run, lanes, jnp.arange(runs))
-    ones, (a, b) = jnp.ones(_LANES, wide), (x[turns * turn :] for x in (p, s))
-    return jnp.stack([inner(x, ones) for x in lanes]) + jnp.stack([inner(a, a), inner(b, b), inner(a, b)])
+    short = turns <= 2 * _RUN
+    lanes = jax.lax.fori_loop(0, *((turns, one_turn) if short else (-(-turns // _RUN), one_run)), nothing)
+    rest = [jnp.pad(x[turns * turn :], (0, -x.size % turn)).reshape(-1, _LANES) for x in (p, s)]
+    lanes = jax.tree.map(jnp.add, lanes, tuple(products(list(zip(*rest, strict=True))))) if rest[0].size else lanes
+    return jnp.stack([_short_sums(x).sum() for x in lanes])
 
 
 def _pairwise(terms: Sequence[Array]) -> Array:

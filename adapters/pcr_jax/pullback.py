@@ -4,7 +4,7 @@ One forward and two pullbacks of the map parameters -> logp. Not a `vmap` over t
 wrong numbers, compiled for a CPU; `benchmarks/jax_stacked_cotangents.py` looks for that.
 
 The reference implementation is here: a scan over groups, and in each over its responses, one vjp at a time, so that no
-more than three gradients per stream are held. It takes any model. `fast.py` has the same for dense layers.
+more than three gradients per stream are held. `fast.py` has the same in two pullbacks for all responses together.
 """
 
 from __future__ import annotations
@@ -116,9 +116,10 @@ def pullback(
         blocks: of `select_blocks(params)`.
         group_size: responses a prompt, at least 2. XLA's shapes are static, so smaller groups are filled up with rows
             that contribute nothing, see `Pulled.scatter`.
-        norms: "fast" measures kernels that pass through `dense`; "loop" takes any model, at a vjp per response and
-            stream; "auto" is "fast" where all block leaves pass through `dense`, else "loop", which the log tells once
-            with the reason.
+        norms: "fast" measures all responses in two pullbacks, where the block leaves are multiplied as they are, cast,
+            transposed or reshaped, at any place of the model, jit, remat and scans included, or are small; "loop" takes
+            any model, at a vjp per response and stream; "auto" is "fast" where that can be, else "loop", which the log
+            tells once with the reason.
         groups_at_once: groups in one forward pass, but for the loop; must divide their number.
         layout: where `make_train_step` calls it on each data shard: params and batch are that shard's, the totals are
             of all shards and lie like params, and the other attributes are of this shard's responses.
@@ -135,11 +136,11 @@ def pullback(
         A policy of two tokens over three words, two prompts and two responses each.
 
         >>> import jax, jax.numpy as jnp, pcr_core
-        >>> from pcr_jax import dense, resolve, select_blocks
+        >>> from pcr_jax import resolve, select_blocks
         >>> params = {"up": jnp.eye(3)}
         >>> batch = {"x": jnp.arange(24.0).reshape(4, 2, 3) / 24, "advantage": jnp.asarray([1.0, -1.0, 1.0, -1.0])}
         >>> def logp_fn(params, batch):
-        ...     return jax.nn.log_softmax(dense(batch["x"], params["up"]))[..., 0]
+        ...     return jax.nn.log_softmax(batch["x"] @ params["up"])[..., 0]
         >>> def cotangents(logp, batch):
         ...     plasticity = -batch["advantage"][:, None] + 0 * logp
         ...     return plasticity / 8, 0.01 * logp / 8
@@ -149,7 +150,7 @@ def pullback(
         >>> update["up"].shape, bool(report.weights.finite.all())
         ((3, 3), True)
     """
-    from pcr_jax.fast import pull_fast, uncovered
+    from pcr_jax.fast import measure
     from pcr_jax.totals import pull_totals
 
     if norms not in get_args(Norms):
@@ -165,9 +166,12 @@ def pullback(
     if not noise:
         return pull_totals(logp_fn, params, grouped, cotangents, groups_at_once, blocks, layout)
     if norms != "loop":
-        reason, probes = uncovered(logp_fn, params, grouped, groups_at_once, blocks, layout)
-        if reason is None:
-            return pull_fast(logp_fn, params, grouped, cotangents, groups_at_once, blocks, probes, layout)
+        measured, reason = measure(logp_fn, params, grouped, blocks, layout)
+        if measured is not None:
+            try:
+                return pull_totals(logp_fn, params, grouped, cotangents, groups_at_once, blocks, layout, measured)
+            except NotImplementedError as error:  # of an operation without a rule for vmap
+                reason = f"the model cannot be vmapped over responses: {error}"
         if norms == "fast":
             raise ValueError(f"norms='fast': {reason}; use norms='loop' or other blocks")
         cheap = noise == "cheap"

@@ -256,9 +256,8 @@ def make_train_step(
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
-        >>> from pcr_jax import dense
         >>> def logp_fn(params, x):
-        ...     return jax.nn.log_softmax(dense(x, params["up"]))[..., 0]
+        ...     return jax.nn.log_softmax(x @ params["up"])[..., 0]
         >>> optimizer = optax.adam(0.1)
         >>> step = make_train_step(logp_fn, optimizer, group_size=2, beta=0.1, blocks="all")
         >>> state = init_state({"up": jnp.eye(3)}, optimizer)

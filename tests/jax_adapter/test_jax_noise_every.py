@@ -13,14 +13,14 @@ from test_jax_train_step import rollouts
 from tiny import BETA, GROUP, relative
 
 import pcr_core
-from pcr_jax import init_state, make_train_step, pullback, resolve, select_blocks
+from pcr_jax import fast, init_state, make_train_step, pullback, resolve, select_blocks
 
 OPTIONS: dict[str, Any] = {"group_size": GROUP, "beta": BETA}
 
 
-def plain(params: Any, inputs: Any) -> Any:
-    """No product of it passes through `dense`."""
-    return tiny.forward(params, inputs, jnp.matmul)
+def doubled(params: Any, inputs: Any) -> Any:
+    """What it multiplies by are not its parameters, so nothing can be tapped."""
+    return tiny.forward(params, inputs, lambda x, kernel: x @ (2 * kernel) / 2)
 
 
 @pytest.mark.parametrize("blocks", ["mlp", "all", "layers/1/mlp"])
@@ -31,7 +31,7 @@ def test_totals_alone_equal_those_of_the_loop(blocks: str, at_once: int, compile
     chosen, cotangents = select_blocks(params, blocks), tiny.objective(tiny.tokens_in(batch))
 
     def pull(params: Any, batch: Any, **options: Any) -> Any:
-        return pullback(plain, params, batch, cotangents, blocks=chosen, group_size=GROUP, **options)
+        return pullback(tiny.forward, params, batch, cotangents, blocks=chosen, group_size=GROUP, **options)
 
     if compiled:
         pull = jax.jit(pull, static_argnames=("noise", "groups_at_once", "norms"))
@@ -81,13 +81,16 @@ def test_every_second_step_and_a_resumed_run() -> None:
     ("logp_fn", "options", "expected"),
     [
         (tiny.forward, {}, ["fast"] + ["autograd"] * 2),
-        (plain, {}, ["autograd"] * 3),
-        (plain, {"noise_every": 2}, ["loop", "autograd", "loop"]),
-        (plain, {"noise_every": 0}, ["autograd"] * 3),
-        (plain, {"rule": pcr_core.PCR(alpha="snr")}, ["loop"] * 3),
+        (doubled, {}, ["autograd"] * 3),
+        (doubled, {"noise_every": 2}, ["loop", "autograd", "loop"]),
+        (doubled, {"noise_every": 0}, ["autograd"] * 3),
+        (doubled, {"rule": pcr_core.PCR(alpha="snr")}, ["loop"] * 3),
     ],
 )
-def test_where_it_is_cheap_by_default(logp_fn: Any, options: Any, expected: list[str]) -> None:
+def test_where_it_is_cheap_by_default(
+    logp_fn: Any, options: Any, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "_SMALL", 0)
     optimizer, traced = optax.sgd(1e-2), []
 
     def counted(params: Any, inputs: Any) -> Any:

@@ -12,8 +12,7 @@ import tiny
 from tiny import GROUP, assert_statistics_close, forward, objective, relative, tokens_in
 
 import pcr_core
-from pcr_jax import Blocks, Pulled, pullback, resolve, select_blocks
-from pcr_jax.fast import kernel_products
+from pcr_jax import Blocks, Pulled, kernel_products, pullback, resolve, select_blocks
 
 
 def pull(params: Any, batch: Any, norms: Any, blocks: Blocks | None = None, **options: Any) -> Pulled:
@@ -109,24 +108,27 @@ def test_bfloat16_parameters_are_summed_in_float32() -> None:
         assert relative(x, y) <= 0.05
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["lanes", "parts"])
-def test_realistic_sizes(whole: bool) -> None:
-    """512 x 1536 and 16 responses of 128 tokens: jit, eager, and float64 in NumPy."""
+@pytest.mark.parametrize("way", ["one by one", "partitioned", "in batches", "in batches of rows"])
+def test_realistic_sizes(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels of 512 x 1536 and 16 responses of 32 tokens, against float64 in NumPy; also what is not for CPUs."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((16, 128, 512)).astype("float32")
-    dp, ds = (rng.standard_normal((16, 128, 1536)).astype("float32") for _ in range(2))
-    eager = kernel_products(jnp.asarray(x), jnp.asarray(dp), jnp.asarray(ds), 8, whole=whole)
-    jitted = jax.jit(kernel_products, static_argnums=3, static_argnames="whole")(x, dp, ds, 8, whole=whole)
+    x = rng.standard_normal((2, 16, 32, 512)).astype("float32")
+    dp, ds = (rng.standard_normal((2, 16, 32, 1536)).astype("float32") for _ in range(2))
+    if way == "in batches of rows":
+        monkeypatch.setattr(kernel_products, "_HELD", 5_000_000)
+    if way.startswith("in batches"):
+        totals, response, stratum = kernel_products._in_batches(*map(jnp.asarray, (x, dp, ds)), 8)
+    else:
+        compiled = jax.jit(kernel_products.kernel_products, static_argnums=3, static_argnames="whole")
+        totals, response, stratum = compiled(x, dp, ds, 8, whole=way == "one by one")
     for rows in ([0], [5], list(range(8, 16))):
-        g, h = (sum(x[i].astype("float64").T @ d[i].astype("float64") for i in rows) for d in (dp, ds))
+        g, h = (sum(x[1, i].astype("float64").T @ d[1, i].astype("float64") for i in rows) for d in (dp, ds))
         expected = np.asarray([(g * g).sum(), (h * h).sum(), (g * h).sum()])
         scale = np.asarray([expected[0], expected[1], np.sqrt(expected[0] * expected[1])])
-        for _, response, stratum in (eager, jitted):
-            got = np.asarray(response[rows[0]] if len(rows) == 1 else stratum[1], dtype="float64")
-            assert (np.abs(got - expected) <= 1e-6 * scale).all(), np.abs(got - expected) / scale
-    total = np.einsum("nti,nto->io", x, dp, optimize=True)
-    for totals, _, _ in (eager, jitted):
-        assert relative(totals[0], total) <= 1e-5
+        got = np.asarray(response[1, rows[0]] if len(rows) == 1 else stratum[1, 1], dtype="float64")
+        assert (np.abs(got - expected) <= 1e-6 * scale).all(), np.abs(got - expected) / scale
+    for stream, dy in zip(totals, (dp, ds), strict=True):
+        assert relative(stream, np.einsum("knti,knto->kio", x, dy, optimize=True)) <= 1e-5
 
 
 @pytest.mark.slow

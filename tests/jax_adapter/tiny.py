@@ -11,7 +11,6 @@ import numpy as np
 
 import pcr_core
 from pcr_core import Objective
-from pcr_jax import dense
 
 GROUP = 3
 PROMPT = 3
@@ -60,7 +59,7 @@ def rollouts(groups: int = 2, length: int = 5, vocabulary: int = 31, seed: int =
     }
 
 
-def forward(params: Any, batch: Any, product: Callable[..., Any] = dense) -> Any:
+def forward(params: Any, batch: Any, product: Callable[..., Any] = jnp.matmul) -> Any:
     """(n, T) log-probabilities of the response tokens."""
     tokens = batch["tokens"]
     h = params["embed"][tokens]
@@ -106,7 +105,7 @@ def contributions(params: Any, batch: Any, leaves: Any, *, compiled: bool = True
 
     def rows_of(name: str) -> Any:
         def loss(p: Any, row: Any) -> Any:
-            return getattr(of_rows(forward(p, row, jnp.matmul), row), name).sum()
+            return getattr(of_rows(forward(p, row), row), name).sum()
 
         gradient = jax.jit(jax.grad(loss)) if compiled else jax.grad(loss)
         grads = (

@@ -1,4 +1,4 @@
-"""A decoder-only transformer in flax nnx: Llama's architecture, with MLP kernels through `pcr_jax.dense`."""
+"""A decoder-only transformer in flax nnx: Llama's architecture."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-
-from pcr_jax.dense import dense
 
 Cache: TypeAlias = tuple[tuple[Array, Array], ...]
 """Keys and values of each layer, (n, length, heads, width / heads)."""
@@ -113,7 +111,7 @@ class Linear(nnx.Module):  # type: ignore[misc]
         self.kernel = nnx.Param(INITIAL(rngs.params(), (inputs, outputs)))
 
     def __call__(self, x: Array) -> Array:
-        return dense(x, self.kernel.get_value())
+        return x @ self.kernel.get_value()
 
 
 class RMSNorm(nnx.Module):  # type: ignore[misc]
