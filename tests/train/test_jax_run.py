@@ -128,12 +128,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), mine, theirs))
 
 
-def test_micro_batches_and_the_temporal_prior_resume_bit_for_bit(go: Go, tmp_path: Path) -> None:
-    options = {"micro_prompts": 2, "granularity": "layer", "prior": "temporal"}
+def test_micro_batches_the_temporal_prior_and_the_baseline_resume_bit_for_bit(go: Go, tmp_path: Path) -> None:
+    options = {"micro_prompts": 2, "granularity": "layer", "prior": "temporal", "baseline": 1.0}
     straight = go(tmp_path / "a", steps=2, **options)
     go(tmp_path / "b", steps=1, **options)
     assert_same_run(go(tmp_path / "b", steps=2, resume=True, **options), straight)
     assert read_metrics(straight.metrics)[0]["blocks"]["family"] == ["layer"] * 4
+    assert all({"pcr/baseline", "pcr/baseline_reduction"} <= row.keys() for row in read_metrics(straight.metrics))
     with pytest.raises(ValueError, match="could not be read"):  # a flat prior's checkpoint holds none of its means
         checkpoint.load(go(tmp_path / "c", steps=1).model, _loop(straight.folder).state)
 
@@ -338,7 +339,6 @@ def test_checkpoints_hold_bits_and_refuse_another_tree(tmp_path: Path) -> None:
         (["--rule", "grpo"], "rule 'grpo' has no option 'alpha'"),
         (["--blocks", "nothing-like-this"], "matches no floating leaf"),
         (["--gate", "maybe"], "gate"),
-        (["--baseline", "0.9"], "--baseline: --framework jax has none yet"),
         (["--router-loss", "0.1"], "--router-loss: --framework jax trains a model without experts"),
     ],
 )

@@ -53,8 +53,6 @@ class JaxEngine:
             raise ValueError("--precision: --framework jax trains in float32; use --framework torch for bfloat16")
         if settings.router_loss:
             raise ValueError("--router-loss: --framework jax trains a model without experts; leave it out")
-        if settings.baseline is not None:
-            raise ValueError("--baseline: --framework jax has none yet; leave it out, or use --framework torch")
         if settings.norms != "auto":
             raise ValueError("--norms: --framework jax measures its one model in one way; leave it out")
         if settings.granularity == "module":

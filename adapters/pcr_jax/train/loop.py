@@ -68,9 +68,10 @@ class Loop:
             normalization="dapo",
             microbatch=(settings.micro_prompts or settings.prompts) * settings.generations,
             noise_every=settings.noise_every,
+            baseline=settings.baseline,
         )
         self.reference = jax.jit(self.logp)
-        self.state = init_state(start, optimizer, rule, blocks=blocks)
+        self.state = init_state(start, optimizer, rule, blocks=blocks, baseline=settings.baseline is not None)
 
     def logp(self, params: Any, inputs: Any) -> Array:
         return token_logp(
@@ -134,6 +135,7 @@ class Loop:
             "reward": float(rewards.mean()),
             "kl": float(report.kl),
             **summary(seen.weights, seen.statistics, slice(None), "pcr/"),
+            **_shift(report),
         }
 
 
@@ -154,6 +156,13 @@ def on_host(report: Report) -> Report:
 
     moved: Report = jax.tree.map(move, report)
     return moved
+
+
+def _shift(report: StepReport) -> dict[str, float]:
+    """The baseline's metrics, named as `pcr_torch.Report.metrics` names them."""
+    found = report.baseline
+    named = {} if found is None else {"pcr/baseline": found.applied, "pcr/baseline_reduction": found.reduction}
+    return {name: float(value) for name, value in named.items() if value is not None}
 
 
 def _block_columns(report: Report) -> dict[str, list[Any]]:
