@@ -3,14 +3,12 @@
 JAX models have no common class, so everything goes by the path of a leaf, such as `layers/0/mlp/up/kernel`: the keys,
 indices and attributes that lead to it. "mlp" follows the rules of `pcr_core._structure`, as in torch, and also takes a
 module named mlp, ffn or feed_forward where no layers can be seen. A layer is a list index (`layers/0`, nnx, equinox and
-pure JAX), a numbered name (`block_0` in linen, `h0_mlp` in haiku), or a stack of all layers in one array
-(`layers/...`, nn.scan), which makes one block of them all.
+pure JAX), a numbered name (`block_0` in linen, `h0_mlp` in haiku), or a slice of a stack of all layers in one array
+(`layers/...`, nn.scan, MaxText), so that a model has the same blocks whether its layers are a list or a stack.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,13 +19,11 @@ import jax.numpy as jnp
 from pcr_core._listing import candidates, listing
 from pcr_core._selection import selects
 from pcr_core._structure import Parameter, Part, left_out
+from pcr_jax.layers import Layers
 
 Granularity = Literal["tensor", "layer", "global"]
 Selector: TypeAlias = str | Callable[[str, Any], bool | str | None]
 
-_NUMBERED = re.compile(r"^((?:.*(?:layer|block)s?_?)|h_?)(\d+)$", re.IGNORECASE)
-_NUMBERED_BEFORE = re.compile(r"^((?:layer|block|h)_?)(\d+)_(\w+)$")  # haiku's h0_mlp
-_STACK = re.compile(r"^(layers|blocks|h)$", re.IGNORECASE)
 _VARIABLE = ("value", "raw_value")  # attributes of nnx's variables, which hold the arrays
 
 
@@ -40,14 +36,21 @@ class Blocks:
         layers: index of the layer that each block lies in, None outside layers and for blocks of several.
         sizes: number of coordinates of each block.
         paths: of all leaves of the tree, in `jax.tree.leaves` order.
-        of_leaf: index of each leaf's block, None for leaves outside the blocks.
+        of_leaf: index of each leaf's block, None for leaves outside the blocks; of a stack, the index of each layer's.
+        stack_axes: the axis that the layers of a stack lie along, None for other leaves.
     """
 
     names: tuple[str, ...]
     layers: tuple[int | None, ...]
     sizes: tuple[int, ...]
     paths: tuple[str, ...]
-    of_leaf: tuple[int | None, ...]
+    of_leaf: tuple[int | tuple[int, ...] | None, ...]
+    stack_axes: tuple[int | None, ...]
+
+    def of_layers(self, leaf: int) -> tuple[int, ...]:
+        """Indices of the blocks of a leaf: of each layer of a stack, else one; none outside the blocks."""
+        block = self.of_leaf[leaf]
+        return block if isinstance(block, tuple) else () if block is None else (block,)
 
     @property
     def leaves(self) -> tuple[int, ...]:
@@ -57,10 +60,10 @@ class Blocks:
     @property
     def stacks(self) -> tuple[str | None, ...]:
         """What numbers the layer of each block, such as "encoder/layers"; None where `layers` is None."""
-        layers = _Layers(self.paths)
+        layers = Layers(self.paths)
         found: list[set[str]] = [set() for _ in self.names]
-        for path, block in zip(self.paths, self.of_leaf, strict=True):
-            if block is not None:
+        for k, path in enumerate(self.paths):
+            for block in self.of_layers(k):
                 found[block].add(layers.stack(path))
         return tuple(
             min(of) if i is not None and len(of) == 1 else None for i, of in zip(self.layers, found, strict=True)
@@ -90,14 +93,29 @@ def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularit
         raise ValueError(f"granularity: expected one of {get_args(Granularity)}, got {granularity!r}")
     flat = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
     paths = tuple(path for path, _ in flat)
-    members: dict[str, list[int]] = {}
-    where = _Layers(paths)
+    shapes = [tuple(jnp.shape(leaf)) for _, leaf in flat]
+    where = Layers(paths, _floating_shapes([leaf for _, leaf in flat]))
     places = [_place(path, leaf, where) for path, leaf in flat]
     reasons = left_out(places) if blocks == "mlp" else [None] * len(flat)
+    chosen: list[tuple[tuple[int, int, int], str, int | None]] = []  # (order, block, layer)
+    stacks: dict[str, int] = {}  # the first leaf of each
+    stack_axes: list[int | None] = [None] * len(flat)
     for k, (path, leaf) in enumerate(flat):
         label = selects(blocks, path, leaf, reasons[k] is None)
-        if label is not False and is_floating(leaf):
-            members.setdefault(label if isinstance(label, str) else _block_name(path, granularity, where), []).append(k)
+        if label is False or not is_floating(leaf):
+            continue
+        axis = where.stack_axis(path)
+        if isinstance(label, str) or axis is None or granularity == "global":
+            name = label if isinstance(label, str) else _block_name(path, granularity, where)
+            chosen.append(((k, 0, k), name, where.of(path)[1]))
+            continue
+        stack_axes[k] = axis
+        first = stacks.setdefault(where.stack(path), k)
+        for at in range(shapes[k][axis]):  # in the order of a list of layers
+            chosen.append(((first, at, k), _block_name(where.in_list(path, at), granularity, where), at))
+    members: dict[str, list[tuple[int, int | None]]] = {}
+    for (_, _, k), name, layer in sorted(chosen, key=lambda one: one[0]):
+        members.setdefault(name, []).append((k, layer))
     if not members:
         some = ", ".join(paths[:: max(1, len(paths) // 4)][:5]) or "none"
         hint = ""
@@ -105,17 +123,22 @@ def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularit
             hint = candidates(places, reasons, [_family(place) for place in places])
             hint = hint or " 'mlp' needs layers; give a regular expression instead."
         raise ValueError(f"blocks: {blocks!r} matches no floating leaf.{hint} Leaves include: {some}")
-    of_leaf: list[int | None] = [None] * len(flat)
-    for block, rows in enumerate(members.values()):
-        for k in rows:
-            of_leaf[k] = block
-    layers = [{where.of(paths[k])[1] for k in rows} for rows in members.values()]
+    of_leaf: list[list[int]] = [[] for _ in flat]
+    for block, parts in enumerate(members.values()):
+        for k, _ in parts:
+            of_leaf[k].append(block)
+    layers = [{layer for _, layer in parts} for parts in members.values()]
+    sizes = [sum(flat[k][1].size // len(of_leaf[k]) for k, _ in parts) for parts in members.values()]
     return Blocks(
         names=tuple(members),
         layers=tuple(found.pop() if len(found) == 1 else None for found in layers),
-        sizes=tuple(sum(int(flat[k][1].size) for k in rows) for rows in members.values()),
+        sizes=tuple(int(size) for size in sizes),
         paths=paths,
-        of_leaf=tuple(of_leaf),
+        of_leaf=tuple(
+            None if not found else found[0] if axis is None else tuple(found)
+            for found, axis in zip(of_leaf, stack_axes, strict=True)
+        ),
+        stack_axes=tuple(stack_axes),
     )
 
 
@@ -144,7 +167,7 @@ def describe_blocks(params: Any, blocks: Selector = "mlp", granularity: Granular
     """
     found = select_blocks(params, blocks, granularity)
     flat = jax.tree.leaves(params)
-    where = _Layers(found.paths)
+    where = Layers(found.paths, _floating_shapes(flat))
     reasons = left_out([_place(path, leaf, where) for path, leaf in zip(found.paths, flat, strict=True)])
     rows = []
     for path, leaf, block, reason in zip(found.paths, flat, found.of_leaf, reasons, strict=True):
@@ -154,7 +177,11 @@ def describe_blocks(params: Any, blocks: Selector = "mlp", granularity: Granular
     return listing(rows)
 
 
-def _place(path: str, leaf: Any, layers: _Layers) -> Parameter:
+def _floating_shapes(leaves: Sequence[Any]) -> list[tuple[int, ...] | None]:
+    return [tuple(jnp.shape(leaf)) if is_floating(leaf) else None for leaf in leaves]
+
+
+def _place(path: str, leaf: Any, layers: Layers) -> Parameter:
     keys = path.split("/")
     depth, index, rest = layers.of(path)
     shape = jnp.shape(leaf)
@@ -163,7 +190,8 @@ def _place(path: str, leaf: Any, layers: _Layers) -> Parameter:
     inside = [rest, *keys[depth:]] if rest else keys[depth:]
     if not inside:  # an array that is an element of a list
         return Parameter(_parts(keys[: depth - 1]), None, (), keys[-1], shape)
-    shape = shape[1:] if index is None else shape
+    axis = (layers.stack_axis(path) or 0) if index is None else None
+    shape = tuple(length for at, length in enumerate(shape) if at != axis)
     return Parameter(_parts(keys[: depth - 1]), Part(keys[depth - 1]), _parts(inside[:-1]), inside[-1], shape)
 
 
@@ -176,39 +204,7 @@ def _family(place: Parameter) -> str:
     return named[-1] if named else place.leaf
 
 
-class _Layers:
-    """Where layers are in the paths of one tree."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        prefixes = {key for path in paths for key in itertools.accumulate(path.split("/")[:-1], "{}/{}".format)}
-        self._first = {prefix for prefix in prefixes if f"{prefix}_1" in prefixes}  # haiku's block, block_1, block_2
-
-    def of(self, path: str) -> tuple[int, int | None, str]:
-        """Number of keys that lead to the outermost layer (0: none), its index (None: a stack), the rest of its key."""
-        keys = path.split("/")
-        for depth, key in enumerate(keys, start=1):
-            numbered, before = _NUMBERED.match(key), _NUMBERED_BEFORE.match(key)
-            if key.isdigit() or numbered:
-                return depth, int(numbered.group(2) if numbered else key), ""
-            if before:
-                return depth, int(before.group(2)), before.group(3)
-            if _NUMBERED.match(f"{key}_1") and "/".join(keys[:depth]) in self._first:
-                return depth, 0, ""
-        for depth, key in enumerate(keys, start=1):
-            if _STACK.match(key):
-                return depth, None, ""
-        return 0, None, ""
-
-    def stack(self, path: str) -> str:
-        """What lies above a leaf's layer; "block" of `block_3`."""
-        keys = path.split("/")[: self.of(path)[0]]
-        if keys and keys[-1].isdigit():
-            return "/".join(keys[:-1])
-        numbered = keys and (_NUMBERED.match(keys[-1]) or _NUMBERED_BEFORE.match(keys[-1]))
-        return "/".join([*keys[:-1], numbered.group(1).rstrip("_")] if numbered else keys)
-
-
-def _block_name(path: str, granularity: Granularity, layers: _Layers) -> str:
+def _block_name(path: str, granularity: Granularity, layers: Layers) -> str:
     if granularity == "tensor":
         return path
     if granularity == "global":

@@ -48,11 +48,13 @@ class Measured:
         closed: the jaxpr of (leaves of the parameters, leaves of one row) -> (1, T).
         taps: the products with kernels.
         copied: the leaves that are handed out once for each response.
+        blocks: what is measured.
     """
 
     closed: Any
     taps: Mapping[Key, Tap]
     copied: tuple[int, ...]
+    blocks: Blocks
 
     def taps_of(self, leaf: int) -> list[Key]:
         return sorted(key for key, tap in self.taps.items() if tap.kernel.leaf == leaf)
@@ -84,12 +86,12 @@ class Measured:
             joint, smaller: the gradients of `extras`, of both streams together and of the smaller one.
 
         Returns:
-            The totals in the leaf's shape, (terms, n, 3) and (terms, n / group_size, 3): terms of a sum, one for each
-            part of a leaf that is split over `axes`, else one.
+            The totals in the leaf's shape, (layers, terms, n, 3) and (layers, terms, n / group_size, 3): the layers of
+            a stack, else one, and terms of a sum, one for each part of a leaf that is split over `axes`, else one.
         """
         if leaf in self.copied:
             copies = joint.copies[leaf], smaller.copies[leaf]
-            return _products_of_copies(*copies, group_size, layout, axes)
+            return _products_of_copies(*copies, group_size, self.blocks.stack_axes[leaf], layout, axes)
         keys = self.taps_of(leaf)
         tap = self.taps[keys[0]]
         # of a kernel that is used several times, the products' inputs follow each other like tokens
@@ -99,7 +101,9 @@ class Measured:
         )
         split = (None, None) if layout is None or not axes else tap.split(layout.spec(leaf, axes))
         totals, *products = _products_of_shards(leaf, (x, one, other), group_size, layout, axes, split)
-        response, stratum = (t.sum(1) for t in products)  # over slices and experts
+        layers = len(self.blocks.of_layers(leaf))
+        # a stack's layers come first among the pieces; the others, of further scans and experts, are summed
+        response, stratum = (jnp.moveaxis(_merged(t, layers), 1, 0) for t in products)
         return (tap.gradient(totals[0]), tap.gradient(totals[1])), response, stratum
 
     def _matrices(self, key: Key, joint: Extras, smaller: Extras) -> tuple[Array, Array, Array]:
@@ -123,6 +127,9 @@ def measure(
     )(shapes, row)
     found = find(closed, blocks.leaves)
     copied = []
+    for k, axis in enumerate(blocks.stack_axes):
+        if axis is not None and not all(tap.kernel.slices_along(axis) for tap in found.of(k).values()):
+            found.faults.setdefault(k, f"is a stack of layers along axis {axis}, which the model does not scan along")
     for k in blocks.leaves:
         if k not in found.faults:
             continue
@@ -130,19 +137,28 @@ def measure(
             return None, f"{blocks.paths[k]} {found.faults[k]}"
         copied.append(k)
     taps = {key: tap for key, tap in found.taps.items() if tap.kernel.leaf not in copied}
-    return Measured(closed, taps, tuple(copied)), ""
+    return Measured(closed, taps, tuple(copied), blocks), ""
 
 
 def _products_of_copies(
-    joint: Array, smaller: Array, group_size: int, layout: Layout | None, axes: Axes
+    joint: Array, smaller: Array, group_size: int, axis: int | None, layout: Layout | None, axes: Axes
 ) -> tuple[tuple[Array, Array], Array, Array]:
-    other = at_least_float32(smaller)
-    one = at_least_float32(joint) - other
-    groups = tuple(t.reshape(-1, group_size, *t.shape[1:]).sum(1) for t in (one, other))
-    products = three_of_rows(one, other, leading=1), three_of_rows(*groups, leading=1)
+    small = at_least_float32(smaller)
+    large = at_least_float32(joint) - small
+    groups = tuple(t.reshape(-1, group_size, *t.shape[1:]).sum(1) for t in (large, small))
+    products = []
+    for streams in ((large, small), groups):  # (layers, rows, ...) of each
+        layers = (t[None] if axis is None else jnp.moveaxis(t, 1 + axis, 0) for t in streams)
+        products.append(three_of_rows(*layers, leading=2))
     terms = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in axes)
-    response, stratum = (jnp.pad(t[None], ((0, terms - 1), (0, 0), (0, 0))) for t in products)
+    response, stratum = (jnp.pad(t[:, None], ((0, 0), (0, terms - 1), (0, 0), (0, 0))) for t in products)
     return (groups[0].sum(0), groups[1].sum(0)), response, stratum
+
+
+def _merged(products: Array, layers: int) -> Array:
+    """(terms, pieces, rows, 3) -> (terms, layers, rows, 3)"""
+    terms, _, *rest = products.shape
+    return products.reshape(terms, layers, -1, *rest).sum(2)
 
 
 def _products_of_shards(

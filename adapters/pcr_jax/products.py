@@ -141,17 +141,63 @@ def block_products(
     used = () if layout is None else tuple(a for a in axes if any(layout.axes_of(k, (a,)) for k in leaves))
 
     def part(plasticity: Sequence[Array], stability: Sequence[Array]) -> Array:
-        sums: list[Any] = [0.0] * len(blocks.names)
+        products = []
         for k, p, s in zip(leaves, plasticity, stability, strict=True):
-            block = blocks.of_leaf[k]
-            assert block is not None
-            products = three(p, s, whole=in_one_piece(layout))
-            sums[block] = sums[block] + (products if layout is None else layout.once(k, products, used))
-        stacked = jnp.stack(sums, axis=1)
-        return jax.lax.psum(stacked, used) if used else stacked
+            axis, layers = blocks.stack_axes[k], len(blocks.of_layers(k))
+            each = _three_of_layers(p, s, axis, whole=in_one_piece(layout))
+            if layout is not None:
+                each = layout.once(k, each if axis is None else layout.placed(k, axis, each, layers, used), used)
+            products.append(each)
+        total = by_block(blocks, products)
+        return jax.lax.psum(total, used) if used else total
 
     if layout is None or not used:
-        return part(*streams)
+        return part(*streams).T
     specs = [layout.spec(k, used) for k in leaves]
     products: Array = layout.by_part(part, used, (specs, specs), PartitionSpec())(*streams)
+    return products.T
+
+
+def by_block(blocks: Blocks, of_leaves: Sequence[Array]) -> Array:
+    """Sums over what lies in a block, of (layers, ...) for each leaf of `blocks.leaves` -> (blocks, ...)."""
+    terms = jnp.concatenate(of_leaves)
+    members: list[list[int]] = [[] for _ in blocks.names]
+    for row, block in enumerate(block for k in blocks.leaves for block in blocks.of_layers(k)):
+        members[block].append(row)
+    if members == [[row] for row in range(len(members))]:
+        return terms
+    # not a scatter, which on accelerators adds in any order: a row of zeros fills up blocks of fewer terms
+    most = max(map(len, members))
+    index = [[*rows, *[len(terms)] * (most - len(rows))] for rows in members]
+    filled = jnp.concatenate([terms, jnp.zeros_like(terms[:1])])
+    return filled[jnp.asarray(index)].sum(axis=1)
+
+
+def for_leaf(blocks: Blocks, leaf: int, values: Array, ndim: int) -> Array:
+    """Of one value a block, those of a leaf's blocks, to broadcast against the leaf."""
+    layers, axis = blocks.of_layers(leaf), blocks.stack_axes[leaf]
+    if axis is None:
+        return values[layers[0]]
+    return values[jnp.asarray(layers)].reshape([-1 if at == axis else 1 for at in range(ndim)])
+
+
+def _three_of_layers(p: Array, s: Array, axis: int | None, *, whole: bool) -> Array:
+    """(layers, 3) of a stack along an axis, (1, 3) of a leaf that is none."""
+    if axis is None:
+        return three(p, s, whole=whole)[None]
+
+    def one_by_one(p: Array, s: Array) -> Array:
+        def one(layer: Array) -> Array:
+            parts = (jax.lax.dynamic_index_in_dim(x, layer, axis, keepdims=False) for x in (p, s))
+            return three(*parts, whole=whole)
+
+        products: Array = jax.lax.map(one, jnp.arange(p.shape[axis]))
+        return products
+
+    def together(p: Array, s: Array) -> Array:
+        return three_of_rows(*(jnp.moveaxis(x, axis, 0) for x in (p, s)), leading=1)
+
+    if not whole:
+        return together(p, s)
+    products: Array = jax.lax.platform_dependent(p, s, cpu=one_by_one, default=together)
     return products

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from pcr_core import BlockStatistics, PriorState, Rule, Scatter, Weights
 from pcr_core.rules import require_rule
 from pcr_jax.blocks import Blocks, Selector, select_blocks
 from pcr_jax.checks import check_blocks, check_floating
-from pcr_jax.products import block_products, wide_dtype
+from pcr_jax.products import block_products, by_block, for_leaf, wide_dtype
 from pcr_jax.records import register
 from pcr_jax.sharding import Layout
 from pcr_jax.temporal import filtered, is_temporal
@@ -105,9 +106,10 @@ def resolve(
         weights, plasticity, stability, prior = filtered(rule, complete, plasticity, stability, prior, chosen, layout)
     else:
         weights = rule(complete)
+    both = weights.plasticity, weights.stability
     leaves = [
-        _combine(p, s, None if block is None else (weights.plasticity[block], weights.stability[block])).astype(dtype)
-        for block, p, s, dtype in zip(chosen.of_leaf, plasticity, stability, dtypes, strict=True)
+        _combine(p, s, None if block is None else [for_leaf(chosen, k, w, p.ndim) for w in both]).astype(dtype)
+        for k, (block, p, s, dtype) in enumerate(zip(chosen.of_leaf, plasticity, stability, dtypes, strict=True))
     ]
     update = jax.tree.unflatten(structure, leaves)
     return update, as_written(Report(weights, complete, chosen, prior), update)
@@ -122,16 +124,21 @@ def as_written(report: Report, update: Any) -> Report:
     weights, statistics, blocks = report.weights, report.statistics, report.blocks
     longest = abs(weights.plasticity) * jnp.sqrt(statistics.plasticity_sq)
     longest += abs(weights.stability) * jnp.sqrt(statistics.stability_sq)
-    written = list(weights.finite)
-    for block, x in zip(blocks.of_leaf, jax.tree.leaves(update), strict=True):
-        if block is None:
-            continue
-        largest = float(jnp.finfo(x.dtype).max)
+    leaves = jax.tree.leaves(update)
+    lost = []  # (layers, 1) of each leaf, 1 where the update does not hold what it should
+    for k in blocks.leaves:
+        x, layers = leaves[k], jnp.asarray(blocks.of_layers(k))
+        largest, axis = float(jnp.finfo(x.dtype).max), blocks.stack_axes[k]
         if largest < 1e30 or report.prior is not None:
-            written[block] &= jnp.isfinite(x).all()
+            others = None if axis is None else tuple(at for at in range(x.ndim) if at != axis)
+            left = ~jnp.isfinite(x).all(axis=others)
         elif largest < float(jnp.finfo(longest.dtype).max):  # else what is wide is not finite first
-            written[block] &= ~(longest[block] > largest)
-    return replace(report, weights=replace(weights, finite=jnp.stack(written)))
+            left = longest[layers] > largest
+        else:
+            left = jnp.zeros(len(layers), bool)
+        lost.append(left.reshape(-1, 1).astype(jnp.float32))
+    finite = weights.finite & (by_block(blocks, lost)[:, 0] == 0)
+    return replace(report, weights=replace(weights, finite=finite))
 
 
 def _complete(
@@ -165,7 +172,7 @@ def _complete(
     )
 
 
-def _combine(p: Array, s: Array, weights: tuple[Array, Array] | None) -> Array:
+def _combine(p: Array, s: Array, weights: Sequence[Array] | None) -> Array:
     dtype = jnp.promote_types(jnp.promote_types(p.dtype, s.dtype), jnp.float32)
     p, s = p.astype(dtype), s.astype(dtype)
     if weights is None:

@@ -174,6 +174,16 @@ class Layout:
         )
         return mapped
 
+    def placed(self, leaf: int, axis: int, products: Array, layers: int, axes: Axes) -> Array:
+        """Inside `by_part`: (layers, ...) of a stack whose layers may themselves be split: zero for those of others."""
+        entry = self.specs[leaf][axis] if axis < len(self.specs[leaf]) else None
+        split = tuple(a for a in _axes(entry) if a in axes)
+        if not split:
+            return products
+        whole = jnp.zeros((layers, *products.shape[1:]), products.dtype)
+        start = jax.lax.axis_index(split) * products.shape[0]
+        return jax.lax.dynamic_update_slice_in_dim(whole, products, start, axis=0)
+
     def once(self, leaf: int, x: Array, axes: Axes) -> Array:
         """Inside `by_part`: x on one of the shards that hold the same part of the leaf, 0 on the others."""
         for axis in axes:

@@ -14,7 +14,7 @@ import pcr_core
 from pcr_core import BlockStatistics, PriorState, Rule, TemporalPrior, Weights
 from pcr_jax.blocks import Blocks
 from pcr_jax.checks import check_blocks, check_floating
-from pcr_jax.products import block_products, wide_dtype
+from pcr_jax.products import block_products, for_leaf, wide_dtype
 from pcr_jax.sharding import Layout
 
 
@@ -75,10 +75,9 @@ def filtered(
     ):
         stream, keep = list(totals), []
         for k, mean in zip(blocks.leaves, means, strict=True):
-            block = blocks.of_leaf[k]
-            gain = posterior.gain[block].astype(mean.dtype)
+            gain = for_leaf(blocks, k, posterior.gain, mean.ndim).astype(mean.dtype)
             stream[k] = gain * totals[k].astype(mean.dtype) + (1 - gain) * mean
-            keep.append(jnp.where(finite[block], stream[k], mean))
+            keep.append(jnp.where(for_leaf(blocks, k, finite, mean.ndim), stream[k], mean))
         streams.append(stream)
         kept.append(tuple(keep))
     axes = () if layout is None else tuple(layout.mesh.axis_names)

@@ -16,7 +16,7 @@ from jax import Array
 
 from pcr_jax.blocks import Blocks
 from pcr_jax.fast import Extras, Measured
-from pcr_jax.products import at_least_float32
+from pcr_jax.products import at_least_float32, by_block
 from pcr_jax.pullback import Cotangents, LogpFn, Pulled, add, both_cotangents, finish, zeros_like
 from pcr_jax.sharding import Layout
 from pcr_jax.stages import split
@@ -75,20 +75,18 @@ def pull_totals(
                 continue
             part = at_least_float32(smaller[k])
             plasticity[k], stability[k] = streams(whole - part, part)
-        response: list[Any] = [0.0] * len(blocks.names)
-        stratum: list[Any] = [0.0] * len(blocks.names)
         if measured is not None:
             both = (jax.tree.unflatten(of_extras, parts) for parts in (of_joint, of_smaller))
             joint_extras, smaller_extras = both
-            for k, block in enumerate(blocks.of_leaf):
-                if block is None:
-                    continue
+            response, stratum = [], []  # (layers, terms, rows, 3) of each leaf
+            for k in blocks.leaves:
                 (large, small), r, q = measured.products(k, joint_extras, smaller_extras, group_size, layout, axes)
                 if layout is not None:
                     large, small = layout.scatter(k, large), layout.scatter(k, small)
                 plasticity[k], stability[k] = streams(large, small)
-                response[block], stratum[block] = response[block] + r, stratum[block] + q
-            r, q = jnp.stack(response, axis=-1), jnp.stack(stratum, axis=-1)  # (terms, rows, 3, blocks)
+                response.append(r)
+                stratum.append(q)
+            r, q = (jnp.moveaxis(by_block(blocks, t), 0, -1) for t in (response, stratum))  # (terms, rows, 3, blocks)
             swapped = jnp.asarray([1, 0, 2])
             products = tuple(jnp.where(p_is_larger, t, t[:, :, swapped]) for t in (r, q))
             return add(totals, (plasticity, stability)), (*products, logp)

@@ -70,15 +70,38 @@ def test_linen_variables() -> None:
     assert blocks.layers == (0, 0, 1, 1)
 
 
-def test_stacked_layers_are_one_block_a_matrix() -> None:
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "global"])
+def test_a_stack_of_layers_has_the_blocks_of_a_list(axis: int, granularity: Any) -> None:
+    layer = {
+        "attn": {"wq": matrix(4, 4)},
+        "mlp": {"up": {"kernel": matrix(4, 8), "bias": matrix(8)}, "down": {"kernel": matrix(8, 4)}},
+        "ln_1": {"scale": matrix(4)},
+    }
+    stack = jax.tree.map(lambda x: matrix(*x.shape[:axis], 3, *x.shape[axis:]), layer)
+    embed = {"embed": matrix(9, 4)}
+    for blocks in ("mlp", "all"):
+        one, other = (select_blocks({"layers": x, **embed}, blocks, granularity) for x in ([layer] * 3, stack))
+        assert (one.names, one.layers, one.sizes, one.stacks) == (other.names, other.layers, other.sizes, other.stacks)
+    if granularity == "tensor":
+        assert select_blocks({"layers": stack}, "up/kernel").of_leaf[-1] == (0, 1, 2)
+
+
+def test_stacks_whose_axis_cannot_be_told_are_one_block() -> None:
+    blocks = select_blocks({"layers": {"mlp": {"up": matrix(3, 4, 8), "down": matrix(5, 6, 4)}}}, "all")
+    assert blocks.names == ("layers/mlp/down", "layers/mlp/up")
+    assert blocks.stack_axes == (None, None)
+
+
+def test_what_of_a_stack_is_chosen() -> None:
     stack = {
         "attn": {"wq": matrix(3, 4, 4)},
         "mlp": {"up": {"kernel": matrix(3, 4, 8), "bias": matrix(3, 8)}},
         "ln_1": {"scale": matrix(3, 4)},
     }
     blocks = select_blocks({"layers": stack, "embed": matrix()})
-    assert blocks.names == ("layers/mlp/up/kernel",)
-    assert blocks.layers == (None,)
+    assert blocks.names == ("layers/0/mlp/up/kernel", "layers/1/mlp/up/kernel", "layers/2/mlp/up/kernel")
+    assert blocks.layers == (0, 1, 2)
 
 
 def test_bare_attention_matrices_and_routers_are_left_out() -> None:

@@ -61,16 +61,23 @@ def rollouts(groups: int = 2, length: int = 5, vocabulary: int = 31, seed: int =
 
 def forward(params: Any, batch: Any, product: Callable[..., Any] = jnp.matmul) -> Any:
     """(n, T) log-probabilities of the response tokens."""
-    tokens = batch["tokens"]
-    h = params["embed"][tokens]
-    causal = np.tril(np.ones((tokens.shape[1],) * 2, dtype=bool))
-    for layer in params["layers"]:
-        q, k, v = jnp.split(_norm(h) @ layer["attn"]["qkv"], 3, axis=-1)
-        scores = jnp.where(causal, q @ jnp.swapaxes(k, -1, -2) / h.shape[-1] ** 0.5, -1e9)
-        h = h + jax.nn.softmax(scores) @ v @ layer["attn"]["out"]
-        h = h + product(jnp.tanh(product(_norm(h), layer["mlp"]["up"])), layer["mlp"]["down"])
-    logp = jax.nn.log_softmax(_norm(h) @ params["head"])[:, PROMPT - 1 : -1]
-    return jnp.take_along_axis(logp, tokens[:, PROMPT:, None], axis=-1)[..., 0]
+    h = params["embed"][batch["tokens"]]
+    for weights in params["layers"]:
+        h = layer(h, weights, product)
+    return logp(h, params["head"], batch["tokens"])
+
+
+def layer(h: Any, weights: Any, product: Callable[..., Any] = jnp.matmul) -> Any:
+    causal = np.tril(np.ones((h.shape[1],) * 2, dtype=bool))
+    q, k, v = jnp.split(_norm(h) @ weights["attn"]["qkv"], 3, axis=-1)
+    scores = jnp.where(causal, q @ jnp.swapaxes(k, -1, -2) / h.shape[-1] ** 0.5, -1e9)
+    h = h + jax.nn.softmax(scores) @ v @ weights["attn"]["out"]
+    return h + product(jnp.tanh(product(_norm(h), weights["mlp"]["up"])), weights["mlp"]["down"])
+
+
+def logp(h: Any, head: Any, tokens: Any) -> Any:
+    every = jax.nn.log_softmax(_norm(h) @ head)[:, PROMPT - 1 : -1]
+    return jnp.take_along_axis(every, tokens[:, PROMPT:, None], axis=-1)[..., 0]
 
 
 def _norm(h: Any) -> Any:

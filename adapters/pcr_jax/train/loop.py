@@ -174,7 +174,7 @@ def _families(blocks: Blocks) -> list[str]:
     """Kind of module of each block, such as "up_proj"; "layer" or "global" for several."""
     found = []
     for block, name in enumerate(blocks.names):
-        members = [path for path, of in zip(blocks.paths, blocks.of_leaf, strict=True) if of == block]
+        members = [path for k, path in enumerate(blocks.paths) if block in blocks.of_layers(k)]
         words = [word for word in name.split("/") if word not in ("kernel", "scale") and not word.isdigit()]
         found.append(words[-1] if len(members) == 1 else "global" if blocks.layers[block] is None else "layer")
     return found
