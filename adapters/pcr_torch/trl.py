@@ -85,7 +85,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         self._sampler: Any = None  # of prompts, in training; None for a stream of them
         self._shared: SharedForward | None = None  # while a loss is evaluated
         # until its backward pass: what a loss is given, its texts and groups, and with a baseline its advantages
-        self._pending: tuple[SharedForward, tuple[list[Text], list[int]], Applied | None] | None = None
+        self._pending: tuple[SharedForward, tuple[list[Text], list[int]], tuple[Applied, list[Text]] | None] | None
+        self._pending = None
         self._ones: Ones | None = None
         self._training = False
         self._accumulated = False  # whether this step has a micro-batch
@@ -243,9 +244,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _with_groups(self, batch: dict[str, Any], known: list[Text], ids: list[int]) -> dict[str, Any]:
         """The batch with each row's group and texts, where `known` texts are of the groups `ids`."""
-        rows = texts_of(
-            batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], self._tokenizer.pad_token_id
-        )
+        rows = self._texts_of(batch)
         device = batch["completion_ids"].device
         groups = owners(rows, known, ids, by_prompt=batch.get("pixel_values") is None)
         return {**batch, _GROUP_IDS: torch.tensor(groups, device=device), _TEXTS: torch.tensor(rows, device=device)}
@@ -326,7 +325,7 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             self._pending = shared, _carried(inputs), applied
             try:
                 with (
-                    nullcontext() if applied is None else lowered(inputs, applied[0]),
+                    nullcontext() if applied is None else lowered(inputs, applied[0][0]),
                     lent(inputs, shared.advantages, (_GROUP_IDS, _TEXTS)),
                 ):
                     loss = compute_loss(model, inputs, *args, **kwargs)
@@ -337,8 +336,8 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
 
         return watched
 
-    def _applied(self, inputs: dict[str, Any]) -> Applied | None:
-        """With a baseline: the advantages lowered by it, and each response's weight in it."""
+    def _applied(self, inputs: dict[str, Any]) -> tuple[Applied, list[Text]] | None:
+        """With a baseline: the advantages lowered by it, each response's weight in it, and the texts they belong to."""
         method = self.method
         if self.args.baseline is None or method is None or self._plain:
             return None
@@ -349,7 +348,10 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.args.loss_type == "grpo":  # divides by the response's length
             tokens = mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
             weight = tokens.sum(dim=1) / (self.args.max_completion_length or _LENGTH)
-        return method.shifted(advantages, weight), weight
+        return (method.shifted(advantages, weight), weight), self._texts_of(inputs)
+
+    def _texts_of(self, rows: dict[str, Any]) -> list[Text]:
+        return texts_of(rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], self._tokenizer.pad_token_id)
 
     def _accumulate(self, loss: Tensor, **kwargs: Any) -> None:
         """In place of `accelerator.backward`."""
@@ -378,7 +380,12 @@ class PCRTrainer(GRPOTrainer):  # type: ignore[misc]
             if self._plain:
                 torch.autograd.backward(logp, plasticity + stability)
             else:
-                advantages, weight = (None, None) if applied is None else applied
+                (advantages, weight), given = applied or ((None, None), [])
+                if applied is not None and self._texts_of(rows) != given:
+                    raise ValueError(
+                        "baseline: rows were dropped, repeated, moved or rewritten within the loss, so it is not known "
+                        "which advantage each was given; change the batch before compute_loss, or do without baseline"
+                    )
                 self.method.accumulate_cotangents(
                     logp, plasticity, stability, group_ids=group_ids, advantages=advantages, weight=weight
                 )

@@ -98,3 +98,16 @@ def test_advantages_that_a_class_makes_within_its_loss_are_refused(folder: Path,
 
     with pytest.raises(ValueError, match="baseline: a class above puts advantages of its own"):
         train(Own, PCRConfig, folder, tmp_path, baseline=0.5, max_steps=1)
+
+
+def test_rows_that_move_within_the_loss_are_refused(folder: Path, tmp_path: Path) -> None:
+    class Moved(GRPOTrainer):  # type: ignore[misc]
+        def _compute_loss(self, model: Any, inputs: Any) -> Any:
+            order = torch.arange(inputs["advantages"].shape[0]).flip(0)
+            moved = {k: v[order] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in inputs.items()}
+            return super()._compute_loss(model, moved)
+
+    cls = type("Both", (PCRTrainer, Moved), {})
+    train(cls, PCRConfig, folder, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="baseline: rows were dropped, repeated, moved"):
+        train(cls, PCRConfig, folder, tmp_path, baseline=0.5, max_steps=1)

@@ -404,9 +404,9 @@ def test_rows_keep_their_group(
     seen: list[Any] = []
     accumulate = PCR.accumulate_cotangents
 
-    def watched(self: Any, *args: Any, group_ids: Tensor) -> None:
+    def watched(self: Any, *args: Any, group_ids: Tensor, **kwargs: Any) -> None:
         seen.append(group_ids.tolist())
-        accumulate(self, *args, group_ids=group_ids)
+        accumulate(self, *args, group_ids=group_ids, **kwargs)
 
     monkeypatch.setattr(PCR, "accumulate_cotangents", watched)
     below = derived(GRPOTrainer, **{method: changed})
