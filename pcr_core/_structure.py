@@ -2,13 +2,14 @@
 
 In every layer of the language model, each matrix that does not lie inside attention, a router, a norm, an embedding, a
 convolution, a recurrence or a side path. An MLP's matrices may lie bare in their layer (`fc1`, `intermediate.dense`);
-but where one layer of a list says which of its parts is the MLP, the others do so too.
+but where one layer of a list says which of its parts is the MLP, the others do so too. Matrices with numbers for names
+(`Dense_0` to `Dense_5`) are taken where their shapes are those of one MLP; otherwise it is not clear what they are.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -24,6 +25,7 @@ from pcr_core._words import (
     is_gate,
     is_head,
     is_mixer,
+    is_numbered,
     told_by_class,
     told_by_last_word,
     told_by_name,
@@ -34,9 +36,11 @@ from pcr_core._words import (
 VECTOR = "vector"
 FOREIGN = "not of the language model"
 OUTSIDE = "outside the layers"
+UNCLEAR = "attention or MLP: its name does not tell"
 _ARRAYS = {"weight", "kernel", "w"}  # names of what a module multiplies with
 
 Shape: TypeAlias = tuple[int, ...]
+Path: TypeAlias = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,9 @@ def left_out(parameters: Sequence[Parameter]) -> list[str | None]:
         >>> left_out([up, query])
         [None, 'attention']
     """
-    shapes = _shapes(parameters)
     holders = _holders(parameters)
-    found = [_told(parameter, shapes[_module(parameter)[:-1]], holders) for parameter in parameters]
+    halves = _halves_of_mlps(parameters)
+    found = [_told(parameter, halves, holders) for parameter in parameters]
     named = {_stack(parameter) for parameter, told in zip(parameters, found) if told == MLP}
     reasons: list[str | None] = []
     for parameter, told in zip(parameters, found):
@@ -103,10 +107,35 @@ def left_out(parameters: Sequence[Parameter]) -> list[str | None]:
         elif told is None and _stack(parameter) in named:
             told = "beside the MLPs"
         reasons.append(None if told == MLP else told)
+    untold = [k for k, told in enumerate(found) if told is None and reasons[k] is None]
+    for k in _unclear(parameters, untold):
+        reasons[k] = UNCLEAR
     return reasons
 
 
-def _told(parameter: Parameter, beside: set[Shape], holders: Mapping[tuple[str, ...], set[str]]) -> str | None:
+def _unclear(parameters: Sequence[Parameter], untold: Sequence[int]) -> Iterator[int]:
+    """Those that only numbers tell apart, in layers where they do not have the shapes of one MLP."""
+    layers: dict[Path, list[int]] = defaultdict(list)
+    for k in untold:
+        layers[parameters[k].path[: len(parameters[k].above) + 1]].append(k)
+    for members in layers.values():
+        numbered = any(is_numbered(_module(parameters[k])[-1]) for k in members)
+        if numbered and not _is_mlp([parameters[k].shape for k in members]):
+            yield from members
+
+
+def _is_mlp(shapes: Sequence[Shape]) -> bool:
+    """One matrix, `up` and `down`, or `gate`, `up` and `down`: attention has more, or has others."""
+    if len(shapes) == 1:
+        return True
+    flipped = [shape[::-1] for shape in shapes]
+    if len(shapes) == 2:
+        return shapes[0] == flipped[1]
+    once = [shape for shape in shapes if shapes.count(shape) == 1]  # `down`; none of three squares
+    return len(shapes) == 3 and len(once) == 1 and flipped.count(once[0]) == 2
+
+
+def _told(parameter: Parameter, halves: set[Path], holders: Mapping[Path, set[str]]) -> str | None:
     """MLP, another kind or reason, or None where nothing tells."""
     above, inside, leaf = parameter.above, parameter.inside, Part(parameter.leaf)
     if sum(size > 1 for size in parameter.shape) < 2 or {"bias", "scale"} & {*words(leaf.attribute)}:
@@ -122,7 +151,7 @@ def _told(parameter: Parameter, beside: set[Shape], holders: Mapping[tuple[str, 
         return OUTSIDE
     if any(told_by_name(part.attribute) == SIDE_PATH for part in above):
         return SIDE_PATH
-    told = _kinds(parameter, models, beside)
+    told = _kinds(parameter, models, halves)
     for kind in (
         ROUTER,
         NORM,
@@ -141,7 +170,7 @@ def _told(parameter: Parameter, beside: set[Shape], holders: Mapping[tuple[str, 
     return (told_by_class(mixers[0].kind) or "mixer") if mixers else None
 
 
-def _kinds(parameter: Parameter, models: tuple[str, ...], beside: set[Shape]) -> set[str]:
+def _kinds(parameter: Parameter, models: tuple[str, ...], halves: set[Path]) -> set[str]:
     """What the parts tell of, from the list of layers inwards."""
     told: set[str | None] = set()
     if parameter.layer is not None:
@@ -150,30 +179,36 @@ def _kinds(parameter: Parameter, models: tuple[str, ...], beside: set[Shape]) ->
     else:
         told |= {told_by_name(part.attribute) for part in parameter.above}
     inside = parameter.inside if parameter.layer is not None else parameter.above
-    for part in reversed((*inside, Part(parameter.leaf))):
+    path = (*parameter.path, parameter.leaf)
+    for depth, part in zip(range(len(path), 0, -1), reversed((*inside, Part(parameter.leaf)))):
         by_class = told_by_class(without_model_name(part.kind, models))
         if not (by_class == ATTENTION and MLP in told):  # a layer that is called by its attention may hold an MLP
             told.add(by_class)
-        holds = part.attribute == _module(parameter)[-1]
-        if is_gate(part.attribute) and not (holds and parameter.shape in beside):
+        if is_gate(part.attribute) and path[:depth] not in halves:
             told.add(ROUTER)
         told.add(told_by_name(part.attribute))
     return {kind for kind in told if kind is not None}
 
 
-def _shapes(parameters: Sequence[Parameter]) -> dict[tuple[str, ...], set[Shape]]:
-    """Of the matrices in a module, but for gates: a gated MLP's gate has the shape of its `up`, a router's of none."""
-    shapes: dict[tuple[str, ...], set[Shape]] = defaultdict(set)
+def _halves_of_mlps(parameters: Sequence[Parameter]) -> set[Path]:
+    """Gates whose matrices have the shapes of those of a module beside them, such as `up`; a router's have not."""
+    matrices: dict[Path, dict[str, dict[Path, Shape]]] = defaultdict(lambda: defaultdict(dict))
     for parameter in parameters:
-        *holder, name = _module(parameter)
-        if len(parameter.shape) > 1 and not is_gate(name):
-            shapes[tuple(holder)].add(parameter.shape)
-    return shapes
+        module = _module(parameter)
+        for k in range(len(module) if len(parameter.shape) > 1 else 0):
+            matrices[module[:k]][module[k]][module[k + 1 :]] = parameter.shape
+    return {
+        (*holder, name)
+        for holder, parts in matrices.items()
+        for name, gate in parts.items()
+        if is_gate(name)
+        and any(gate.items() <= other.items() for beside, other in parts.items() if not is_gate(beside))
+    }
 
 
-def _holders(parameters: Sequence[Parameter]) -> dict[tuple[str, ...], set[str]]:
+def _holders(parameters: Sequence[Parameter]) -> dict[Path, set[str]]:
     """Attributes of each module."""
-    found: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    found: dict[Path, set[str]] = defaultdict(set)
     for parameter in parameters:
         path = (*parameter.path, parameter.leaf)
         for k, attribute in enumerate(path):
@@ -181,12 +216,12 @@ def _holders(parameters: Sequence[Parameter]) -> dict[tuple[str, ...], set[str]]
     return found
 
 
-def _module(parameter: Parameter) -> tuple[str, ...]:
+def _module(parameter: Parameter) -> Path:
     """Path of the module whose weight it is; of the parameter itself where it is called otherwise."""
     return parameter.path if parameter.path and parameter.leaf in _ARRAYS else (*parameter.path, parameter.leaf)
 
 
-def _stack(parameter: Parameter) -> tuple[str, ...] | None:
+def _stack(parameter: Parameter) -> Path | None:
     return None if parameter.layer is None else parameter.path[: len(parameter.above)]
 
 

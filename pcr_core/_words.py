@@ -19,20 +19,25 @@ SIDE_PATH = "side path of a layer"
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _ACRONYM = re.compile(r"^(\w+)(MLP|FFN|SSM|MOE)$")  # NemotronHMLP
 _KINDS = {
-    MLP: {"mlp", "ff", "ffn", "ffw", "feedforward", "moe", "expert", "denserelu"},  # T5's DenseReluDense
-    ATTENTION: {"attn", "attention", "rotary"},
+    MLP: {
+        *("mlp", "ff", "ffn", "ffw", "feedforward", "moe", "expert"),
+        *("denserelu", "channelmix", "channelmixing", "cmix"),  # T5's DenseReluDense, RWKV's
+    },
+    ATTENTION: {"attn", "att", "attention", "mha", "rotary"},
     NORM: {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "ln"},
     ROUTER: {"router"},
     "embedding": {"embed", "embedding", "embedder"},
     "convolution": {"conv", "convolution", "shortconv", "conv1d", "sconv"},
     RECURRENT: {
         *("mamba", "mamba2", "ssm", "rglru", "lru", "recurrent", "deltanet", "rwkv"),
+        *("timemix", "timemixing", "tmix"),
         *("lstm", "mlstm", "slstm", "gru", "rnn"),
     },
     SIDE_PATH: {"altup", "laurel", "hyperconnection"},
 }
 _OF_WORD = {word: kind for kind, words in _KINDS.items() for word in words}
 _GATE = re.compile(r"^(gate|shared_expert_gate|block_sparse_moe_gate|gate_weight)$")
+_NUMBERED = re.compile(r"^((dense|linear)(_?general)?_|einsum_)?\d+$", re.IGNORECASE)
 _SIDE = re.compile(r"^per_layer_|^(hc|hyper)_")  # inputs that a layer takes besides the residual stream
 _QUERY = re.compile(r"^(w_?)?(q|qkv)(_?proj|_?lin|_einsum)?$|^(query|query_key_value)$", re.IGNORECASE)
 _KEY_OR_VALUE = re.compile(r"^(w_?)?(k|v|kv|qkv)(_?proj|_?lin|_einsum)?$|^(key|value|query_key_value)$", re.IGNORECASE)
@@ -93,6 +98,16 @@ def told_by_last_word(name: str) -> str | None:
 def is_gate(attribute: str) -> bool:
     """Of a router, or one half of a gated MLP: which, only shapes tell."""
     return _GATE.match(attribute) is not None
+
+
+def is_numbered(attribute: str) -> bool:
+    """Called by what it computes and a number, which is no name: flax's `Dense_0`, haiku's `linear_1`, an index.
+
+    Example:
+        >>> is_numbered("Dense_0"), is_numbered("DenseGeneral_3"), is_numbered("2"), is_numbered("dense_h_to_4h")
+        (True, True, True, False)
+    """
+    return _NUMBERED.match(attribute) is not None
 
 
 def is_attention_weight(attribute: str, beside: Collection[str]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
-from pcr_core._listing import candidates, listing
+from pcr_core._listing import candidates, cannot_tell, listing, not_selected
 from pcr_core._selection import selects
 from pcr_core._structure import Parameter, Part, left_out
 from pcr_jax.layers import Layers
@@ -80,7 +80,8 @@ def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularit
         granularity: a block per "tensor", "layer" or one "global" block. A callable that returns names overrides it.
 
     Raises:
-        ValueError: nothing matches, or `granularity` is not an option.
+        ValueError: nothing matches, `granularity` is not an option, or "mlp" finds layers of numbered matrices
+            (`Dense_0`), of which it cannot tell which are attention's.
         TypeError: `blocks` is neither a string nor a callable.
 
     Example:
@@ -97,6 +98,8 @@ def select_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularit
     where = Layers(paths, _floating_shapes([leaf for _, leaf in flat]))
     places = [_place(path, leaf, where) for path, leaf in flat]
     reasons = left_out(places) if blocks == "mlp" else [None] * len(flat)
+    if unclear := cannot_tell(places, reasons, "/"):
+        raise ValueError(unclear)
     chosen: list[tuple[tuple[int, int, int], str, int | None]] = []  # (order, block, layer)
     stacks: dict[str, int] = {}  # the first leaf of each
     stack_axes: list[int | None] = [None] * len(flat)
@@ -152,28 +155,34 @@ def is_floating(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def describe_blocks(params: Any, blocks: Selector = "mlp", granularity: Granularity = "tensor") -> str:
-    """A table of a model's matrices: how many are chosen, and why others are left out; a line for each kind.
+def describe_blocks(params: Any, blocks: Selector = "mlp") -> str:
+    """A table of a model's parameters: what is chosen, what is left out and why; a line for each kind.
+
+    It raises nothing where nothing is chosen, so that it shows why.
+
+    Args:
+        params: as of `select_blocks`.
+        blocks: as of `select_blocks`.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> layer = {"attn": jnp.ones((4, 4)), "up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+        >>> layer = {"attn": jnp.ones((4, 4)), "up": jnp.ones((4, 8)), "down": jnp.ones((8, 4)), "bias": jnp.ones(4)}
         >>> print(describe_blocks({"embed": jnp.ones((9, 4)), "layers": [layer, layer]}))
         parameters     tensors  shape  blocks
         embed          1        9x4    left out: embedding
         layers/*/attn  2        4x4    left out: attention
+        layers/*/bias  2        4      left out: vector
         layers/*/down  2        8x4    chosen
         layers/*/up    2        4x8    chosen
     """
-    found = select_blocks(params, blocks, granularity)
-    flat = jax.tree.leaves(params)
-    where = Layers(found.paths, _floating_shapes(flat))
-    reasons = left_out([_place(path, leaf, where) for path, leaf in zip(found.paths, flat, strict=True)])
+    flat = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
+    where = Layers([path for path, _ in flat], _floating_shapes([leaf for _, leaf in flat]))
+    reasons = left_out([_place(path, leaf, where) for path, leaf in flat])
     rows = []
-    for path, leaf, block, reason in zip(found.paths, flat, found.of_leaf, reasons, strict=True):
-        why = "not floating" if not is_floating(leaf) else reason if blocks == "mlp" else f"{blocks!r} does not match"
-        if block is not None or jnp.ndim(leaf) > 1:
-            rows.append((path, jnp.shape(leaf), "chosen" if block is not None else f"left out: {why}"))
+    for (path, leaf), reason in zip(flat, reasons, strict=True):
+        chosen = selects(blocks, path, leaf, reason is None) is not False
+        why = "not floating" if not is_floating(leaf) else None if chosen else not_selected(blocks, reason)
+        rows.append((path, jnp.shape(leaf), f"left out: {why}" if why else "chosen"))
     return listing(rows)
 
 

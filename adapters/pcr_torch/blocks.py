@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from pcr_core._listing import candidates, listing
+from pcr_core._listing import candidates, cannot_tell, listing, not_selected
 from pcr_core._selection import selects
 from pcr_core._structure import Parameter, Part, left_out
 
@@ -60,7 +60,8 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
             one "global" block. A callable that returns names overrides it.
 
     Raises:
-        ValueError: nothing matches, everything that matches is frozen, or a trainable parameter is quantised.
+        ValueError: nothing matches, everything that matches is frozen, a trainable parameter is quantised, or "mlp"
+            finds layers of numbered matrices, of which it cannot tell which are attention's.
         TypeError: `blocks` is neither a string nor a callable.
 
     Example:
@@ -73,7 +74,11 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
     chosen: dict[str, list[tuple[str, Parameter]]] = {}
     frozen: list[str] = []
     places = _places(model)
-    for (name, place), reason in zip(places.items(), _reasons(places, blocks)):
+    reasons = _reasons(places, blocks)
+    trained = [(place, why) for (name, place), why in zip(places.items(), reasons) if _is_trained(model, name)]
+    if unclear := cannot_tell([place for place, _ in trained], [why for _, why in trained], "."):
+        raise ValueError(unclear)
+    for (name, place), reason in zip(places.items(), reasons):
         parameter = model.get_parameter(name)
         label = selects(blocks, name, parameter, reason is None)
         if label is False:
@@ -89,27 +94,32 @@ def select_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granu
     return tuple(_block(key, members) for key, members in chosen.items())
 
 
-def describe_blocks(model: nn.Module, blocks: Selector = "mlp", granularity: Granularity = "tensor") -> str:
-    """A table of a model's matrices: how many are chosen, and why others are left out; a line for each kind.
+def describe_blocks(model: nn.Module, blocks: Selector = "mlp") -> str:
+    """A table of a model's parameters: what is chosen, what is left out and why; a line for each kind.
+
+    It raises nothing where nothing is chosen, so that it shows why.
+
+    Args:
+        model: as of `select_blocks`.
+        blocks: as of `select_blocks`.
 
     Example:
-        >>> print(describe_blocks(nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False)), "^0"))
+        >>> print(describe_blocks(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1, bias=False)), "weight"))
         parameters  tensors  shape  blocks
         0.weight    1        3x2    chosen
-        1.weight    1        1x3    left out: '^0' does not match
+        0.bias      1        3      left out: 'weight' does not match
+        1.weight    1        1x3    chosen
     """
-    chosen = {name for block in select_blocks(model, blocks, granularity) for name in block.parameters}
     places, rows = _places(model), []
     for (name, place), reason in zip(places.items(), _reasons(places, blocks)):
-        if name in chosen:
-            rows.append((name, place.shape, "chosen"))
-        elif len(place.shape) > 1:
-            if blocks != "mlp":
-                reason = (
-                    None if selects(blocks, name, model.get_parameter(name), False) else f"{blocks!r} does not match"
-                )
-            rows.append((name, place.shape, f"left out: {reason or 'frozen'}"))
+        chosen = selects(blocks, name, model.get_parameter(name), reason is None) is not False
+        why = None if chosen and _is_trained(model, name) else "frozen" if chosen else not_selected(blocks, reason)
+        rows.append((name, place.shape, f"left out: {why}" if why else "chosen"))
     return listing(rows)
+
+
+def _is_trained(model: nn.Module, name: str) -> bool:
+    return model.get_parameter(name).requires_grad
 
 
 def _reasons(places: dict[str, Parameter], blocks: Selector) -> list[str | None]:

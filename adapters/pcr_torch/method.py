@@ -596,8 +596,8 @@ class PCR:
         return {name: f"loop: {self._looped[name]}" if name in self._looped else "fast" for name in self._parameters}
 
     def describe(self) -> str:
-        """A table of the model's matrices: which are in blocks, and why others are not; see `describe_blocks`."""
-        return describe_blocks(self.model, self._selector, self._granularity)
+        """A table of the model's parameters: which are in blocks, and why others are not; see `describe_blocks`."""
+        return describe_blocks(self.model, self._selector)
 
     @property
     def norms(self) -> Literal["fast", "loop", "mixed"]:

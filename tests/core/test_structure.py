@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pcr_core._structure import Parameter, Part, left_out
+from pcr_core._structure import UNCLEAR, Parameter, Part, left_out
 from pcr_core._words import told_by_class, told_by_name, without_model_name, words
 
 
@@ -88,6 +88,9 @@ def parameter(path: str, shape: tuple[int, ...] = (4, 8), **kinds: str) -> Param
         ("layers.0.wq", "attention"),
         ("layers.0.mixer.in_proj.weight", "mixer"),
         ("layers.0.feed_forward.key.weight", None),
+        ("layers.0.channel_mix.key.weight", None),
+        ("layers.0.time_mix.output.weight", "state space or recurrence"),
+        ("layers.0.att.output.weight", "attention"),
     ],
 )
 def test_reasons(path: str, reason: str | None) -> None:
@@ -115,3 +118,21 @@ def test_a_gate_of_the_shape_of_what_lies_beside_it_is_half_an_mlp() -> None:
     assert left_out([gate, up]) == [None, None]
     assert left_out([router, up]) == ["router", None]
     assert left_out([gate]) == ["router"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "clear"),
+    [
+        ([(8, 4), (4, 8)], True),
+        ([(8, 4), (8, 4), (4, 8)], True),
+        ([(8, 4), (4, 8), (8, 4), (4, 8)], False),  # attention may be wider than the residual stream
+        ([(4, 4), (4, 4), (4, 4)], False),
+        ([(12, 4), (4, 4)], False),
+    ],
+)
+def test_numbered_matrices_are_an_mlp_by_their_shapes(shapes: list[tuple[int, ...]], clear: bool) -> None:
+    expected = None if clear else UNCLEAR
+    numbered = [parameter(f"layers.0.Dense_{i}.kernel", shape) for i, shape in enumerate(shapes)]
+    assert left_out(numbered) == [expected] * len(shapes)
+    named = [parameter(f"layers.0.{letter}.kernel", shape) for letter, shape in zip("abcd", shapes)]
+    assert left_out(named) == [None] * len(shapes)

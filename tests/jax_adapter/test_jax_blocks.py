@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -158,7 +159,27 @@ LAYOUTS: dict[str, tuple[str, str]] = {  # paths of matrices: those of an MLP, a
         "transformer/h0_attn/query/w transformer/h0_attn/linear/w transformer/linear/w",
     ),
     "equinox": ("blocks/0/mlp/layers/0/weight", "blocks/0/attention/query_proj/weight embed/weight"),
-    "t5x": ("target/decoder/layers_0/mlp/wi_0/kernel", "target/decoder/layers_0/self_attention/out/kernel"),
+    "t5x": (
+        "decoder/layers_0/mlp/wi_0/kernel decoder/layers_0/mlp/wi_1/kernel decoder/layers_0/mlp/wo/kernel",
+        "decoder/layers_0/self_attention/out/kernel decoder/layers_0/encoder_decoder_attention/value/kernel",
+    ),
+    "MaxText": (
+        "decoder/layers_0/mlp/wi_0/kernel decoder/layers_0/mlp/wi_1/kernel decoder/layers_0/mlp/wo/kernel",
+        "decoder/layers_0/self_attention/query/kernel decoder/layers_0/self_attention/out/kernel "
+        "token_embedder/embedding decoder/logits_dense/kernel",
+    ),
+    "MaxText with experts": (
+        "params/decoder/layers_0/MoeBlock_0/wi_0 params/decoder/layers_0/MoeBlock_0/wo",
+        "params/decoder/layers_0/MoeBlock_0/gate/kernel params/decoder/layers_0/self_attention/out/kernel",
+    ),
+    "RWKV": (
+        "blocks/0/ffn/key/weight blocks/0/ffn/receptance/weight blocks/0/ffn/value/weight",
+        "blocks/0/att/key/weight blocks/0/att/value/weight blocks/0/att/output/weight emb/weight head/weight",
+    ),
+    "RWKV by its mixing": (
+        "layers/0/channel_mixing/key layers/0/channel_mixing/value layers/1/ChannelMix/key layers/2/RWKV_CMix_x070/key",
+        "layers/0/time_mixing/key layers/0/time_mixing/output layers/1/TimeMix/output layers/2/RWKV_Tmix_x070/output",
+    ),
     "mixture of experts": (
         "layers/0/moe/experts/up layers/0/moe/shared_expert/down/kernel",
         "layers/0/moe/gate/kernel layers/0/moe/router/kernel layers/0/moe/shared_expert_gate/kernel",
@@ -192,6 +213,78 @@ def test_a_gated_mlps_gate_is_no_router() -> None:
     names = select_blocks({"layers": [{"mlp": gated}, {"mlp": experts}]}).names
     assert [name for name in names if "gate" in name] == ["layers/0/mlp/gate"]
     assert len(names) == 5
+
+
+def test_the_gates_of_lora_are_those_of_their_matrices() -> None:
+    def adapted(rows: int, columns: int) -> Any:
+        return {"kernel": matrix(rows, columns), "lora_a": matrix(rows, 2), "lora_b": matrix(2, columns)}
+
+    gated = {"gate": adapted(4, 8), "up": adapted(4, 8), "down": adapted(8, 4)}
+    experts = {"gate": adapted(4, 3), "up": adapted(4, 8), "down": adapted(8, 4)}
+    names = select_blocks({"layers": [{"mlp": gated}, {"mlp": experts}]}).names
+    assert [name for name in names if "gate" in name] == [
+        f"layers/0/mlp/gate/{x}" for x in ("kernel", "lora_a", "lora_b")
+    ]
+    assert len(names) == 15
+
+
+def dense(**shapes: tuple[int, ...]) -> Any:
+    return {name: {"kernel": matrix(*shape)} for name, shape in shapes.items()}
+
+
+UNNAMED: dict[str, Any] = {
+    "query, key, value, out": dense(Dense_0=(4, 4), Dense_1=(4, 4), Dense_2=(4, 4), Dense_3=(4, 4)),
+    "one matrix for query, key and value": dense(Dense_0=(4, 12), Dense_1=(4, 4)),
+    "a dimension for heads": dense(DenseGeneral_0=(4, 3, 2, 2), DenseGeneral_1=(2, 2, 4)),
+    "a module whose name says nothing": {"Mixing_0": dense(Dense_0=(4, 12), Dense_1=(4, 4))},
+    "of which its parts alone tell": {**dense(Dense_0=(4, 4)), "SelfAttention_0": dense(query=(4, 4), value=(4, 4))},
+}
+
+
+@pytest.mark.parametrize("attention", UNNAMED)
+def test_attention_among_numbered_matrices_is_not_taken_for_an_mlp(attention: str) -> None:
+    mlp = dense(Dense_8=(4, 16), Dense_9=(16, 4))
+    params = {"params": {f"Block_{i}": {**UNNAMED[attention], **mlp} for i in range(2)}}
+    with pytest.raises(
+        ValueError, match=r"cannot tell attention from an MLP .*\(2 layers\).*Dense_8/kernel \(4x16\)"
+    ) as no:
+        select_blocks(params)
+    assert describe_blocks(params).count("its name does not tell") >= 3
+    example = re.search(r"for example blocks=r'(.*)'", str(no.value))
+    assert example
+    assert select_blocks(params, example[1]).names == tuple(
+        f"params/Block_{i}/Dense_{j}/kernel" for i in range(2) for j in (8, 9)
+    )
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        dense(Dense_0=(4, 16), Dense_1=(16, 4)),
+        dense(Dense_0=(4, 16), Dense_1=(4, 16), Dense_2=(16, 4)),
+        dense(Dense_0=(4, 4), Dense_1=(4, 4)),
+        dense(Dense_0=(4, 4)),
+    ],
+)
+def test_numbered_matrices_of_the_shapes_of_an_mlp_are_one(mlp: Any) -> None:
+    layer = {"MultiHeadDotProductAttention_0": dense(query=(4, 2, 2), out=(2, 2, 4)), **mlp}
+    assert len(select_blocks({"Block_0": layer}).names) == len(mlp)
+    named = {**dense(Dense_0=(4, 4), Dense_1=(4, 4), Dense_2=(4, 4)), "MlpBlock_0": mlp}
+    assert all("MlpBlock_0" in name for name in select_blocks({"Block_0": named}).names)
+
+
+def test_the_table_shows_all_parameters_also_where_nothing_is_chosen() -> None:
+    mlp = {"router": matrix(4, 3), "up": {"kernel": matrix(4, 8), "bias": matrix(8)}}
+    state = {"layers": [{"mlp": mlp}], "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    assert [" ".join(line.split()) for line in describe_blocks(state).splitlines()[1:]] == [
+        "layers/*/mlp/router 1 4x3 left out: router",
+        "layers/*/mlp/up/bias 1 8 left out: vector",
+        "layers/*/mlp/up/kernel 1 4x8 chosen",
+        "step 1 left out: not floating",
+    ]
+    assert describe_blocks(state, "kernel").count("left out: 'kernel' does not match") == 2
+    assert describe_blocks(state, lambda path, leaf: False).count("left out: the callable leaves it out") == 3
+    assert "mamba 1 4x4 left out: state space or recurrence" in " ".join(describe_blocks([{"mamba": matrix()}]).split())
 
 
 def test_layers_of_haiku_are_told_by_their_number() -> None:

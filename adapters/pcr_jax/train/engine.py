@@ -6,12 +6,12 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 
-from pcr_jax.blocks import Granularity, describe_blocks
+from pcr_jax.blocks import describe_blocks
 from pcr_jax.train import checkpoint as files
 from pcr_jax.train.generate import generate, pad_left, token_logp
 from pcr_jax.train.loop import Loop, row_keys, stop_tokens
@@ -62,7 +62,7 @@ class JaxEngine:
 
     @staticmethod
     def blocks_table(settings: Settings) -> str:
-        return describe_blocks(new_tiny(settings.seed)[1], granularity=cast(Granularity, settings.granularity))
+        return describe_blocks(new_tiny(settings.seed)[1])
 
     @staticmethod
     def configure(settings: Settings, threads: int | None) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from pcr_torch.blocks import Granularity, describe_blocks
+from pcr_torch.blocks import describe_blocks
 from pcr_torch.checkpoints import damaged, is_complete
 from pcr_torch.train import models
 from pcr_torch.train.answers import measuring, respond, text_nll
@@ -47,7 +47,7 @@ class TorchEngine:
             if settings.model == "tiny":
                 make_tiny(task, start, seed=settings.seed, steps=1)  # which matrices it has needs no training
             model, _ = models.load(models.prepare(settings, task, start))
-        return describe_blocks(model, granularity=cast(Granularity, settings.granularity))
+        return describe_blocks(model)
 
     @staticmethod
     def configure(settings: Settings, threads: int | None) -> None:
