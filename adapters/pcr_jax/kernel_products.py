@@ -51,7 +51,8 @@ def _one_by_one(x: Array, dp: Array, ds: Array, group_size: int, whole: bool) ->
 
     def one_group(totals: Any, rows: Any) -> Any:
         sums, products = jax.lax.scan(one_response, nothing, rows)
-        return jax.tree.map(jnp.add, totals, sums), (products, three(*sums, whole=whole))
+        # once a group, a slower sum that compiles sooner
+        return jax.tree.map(jnp.add, totals, sums), (products, three_of_rows(*sums, leading=0))
 
     def one_kernel(rows: Any) -> Products:
         totals, (response, stratum) = jax.lax.scan(one_group, nothing, rows)

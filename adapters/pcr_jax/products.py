@@ -97,16 +97,14 @@ def _three_in_lanes(p: Array, s: Array) -> Array:
     turns = p.size // turn
     nothing = (jnp.zeros(_LANES, wide),) * 3
 
-    def products(slices: Sequence[tuple[Array, Array]]) -> list[Array]:
-        pairs = [(a.astype(wide), b.astype(wide)) for a, b in slices]
-        # in pairs, not one after the other
-        return [_pairwise(terms) for terms in zip(*((a * a, b * b, a * b) for a, b in pairs), strict=True)]
-
     def one_turn(k: Array, sums: Any) -> Any:
-        # slices of a lane's width, which XLA fuses with the sums
+        # slices of a lane's width, which XLA fuses with the sums; in pairs, not one after the other
         starts = [k * turn + j * _LANES for j in range(_AT_ONCE)]
-        slices = [tuple(jax.lax.dynamic_slice(x, (start,), (_LANES,)) for x in (p, s)) for start in starts]
-        return jax.tree.map(jnp.add, sums, tuple(products(slices)))
+        a, b = ([jax.lax.dynamic_slice(x, (start,), (_LANES,)).astype(wide) for start in starts] for x in (p, s))
+        pairs = (a, a), (b, b), (a, b)
+        return tuple(
+            t + _pairwise([x * y for x, y in zip(*pair, strict=True)]) for t, pair in zip(sums, pairs, strict=True)
+        )
 
     def one_run(k: Array, sums: Any) -> Any:
         run = jax.lax.fori_loop(k * _RUN, jnp.minimum((k + 1) * _RUN, turns), one_turn, nothing)
@@ -114,9 +112,18 @@ def _three_in_lanes(p: Array, s: Array) -> Array:
 
     short = turns <= 2 * _RUN
     lanes = jax.lax.fori_loop(0, *((turns, one_turn) if short else (-(-turns // _RUN), one_run)), nothing)
-    rest = [jnp.pad(x[turns * turn :], (0, -x.size % turn)).reshape(-1, _LANES) for x in (p, s)]
-    lanes = jax.tree.map(jnp.add, lanes, tuple(products(list(zip(*rest, strict=True))))) if rest[0].size else lanes
-    return jnp.stack([_short_sums(x).sum() for x in lanes])
+    total = _sum_of_sums(jnp.stack(lanes))
+    if turns * turn < p.size:
+        a, b = (jnp.pad(x[turns * turn :].astype(wide), (0, -x.size % _PART)) for x in (p, s))
+        total += _sum_of_sums(jnp.stack([a * a, b * b, a * b]))
+    return total
+
+
+def _sum_of_sums(x: Array) -> Array:
+    """(k, n) -> (k,) where _PART, or half of it, divides n, and n / _PART is not much."""
+    part = _PART if x.shape[1] % _PART == 0 else _PART // 2
+    # without the barrier XLA merges a sum of sums into one long sum
+    return jax.lax.optimization_barrier(x.reshape(len(x), part, -1).sum(-1)).sum(-1)
 
 
 def _pairwise(terms: Sequence[Array]) -> Array:

@@ -151,6 +151,7 @@ def pullback(
         ((3, 3), True)
     """
     from pcr_jax.fast import measure
+    from pcr_jax.local_constraints import on_a_shard
     from pcr_jax.totals import pull_totals
 
     if norms not in get_args(Norms):
@@ -162,6 +163,7 @@ def pullback(
         raise ValueError(f"groups_at_once: expected a positive integer, got {groups_at_once!r}")
     if groups % groups_at_once:
         raise ValueError(f"groups_at_once: {groups_at_once} does not divide the {groups} groups of the batch")
+    logp_fn = on_a_shard(logp_fn, layout)
     grouped = jax.tree.map(lambda x: x.reshape(groups, group_size, *x.shape[1:]), batch)
     if not noise:
         return pull_totals(logp_fn, params, grouped, cotangents, groups_at_once, blocks, layout)

@@ -192,6 +192,12 @@ class Layout:
         return x
 
 
+def without(spec: PartitionSpec, axes: Axes) -> PartitionSpec:
+    """The spec of what holds its rows along these axes whole."""
+    kept = (tuple(axis for axis in _axes(entry) if axis not in axes) for entry in spec)
+    return PartitionSpec(*(entry or None for entry in kept))
+
+
 def _axes(entry: Any) -> Axes:
     if entry is None:
         return ()

@@ -20,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from pcr_jax import Rollouts, init_state, make_train_step
 
-FAST = ("data", "fsdp", "fsdp_tensor")
-SLOW = ("tensor", "data_tensor", "zero", "hybrid", "explicit")
+FAST = ("data", "fsdp", "fsdp_tensor", "constrained", "without_noise")
+SLOW = ("tensor", "data_tensor", "zero", "hybrid", "mapped", "constrained_without_noise", "explicit")
 LEAVES, BLOCKS = 6, 2  # of the tiny model
 
 
@@ -45,6 +45,12 @@ def test_equals_one_device_and_keeps_the_layout(layout: str) -> None:
     record = of(layout)
     assert {name: error for name, error in record["errors"].items() if not error <= 1e-6} == {}
     assert record["kept"]
+    assert record["path"] == ("autograd" if layout.endswith("without_noise") else "fast")
+
+
+def test_constraints_of_the_model_are_kept_on_the_other_axes() -> None:
+    """As the same layout without them, its activations are summed over the model axis, and nothing is gathered."""
+    assert set(of("constrained")["collectives"]) == {"all-reduce"}
 
 
 def test_data_parallel_sums_gradients_and_gathers_nothing() -> None:
@@ -130,6 +136,37 @@ def test_bad_layouts_are_refused_with_the_reason() -> None:
     adam = jax.tree.map(lambda x: x.sharding, init_state(state.params, optax.adam(1.0)))
     with pytest.raises(ValueError, match="shardings: not a tree like the state"):
         step_on(adam)(state, rollouts)
+
+
+def a_bare_spec(mesh: Mesh, x: Any) -> Any:
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+
+def a_map_over_the_data_axis(mesh: Mesh, x: Any) -> Any:
+    return jax.shard_map(lambda x: x, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))(x)
+
+
+@pytest.mark.parametrize(
+    ("inside", "hint"),
+    [
+        (a_bare_spec, r"have to be NamedSharding\(mesh, spec\)"),
+        (a_map_over_the_data_axis, "may map over the other axes only"),
+    ],
+)
+def test_what_a_model_may_not_say_on_one_data_shard_is_named(inside: Any, hint: str) -> None:
+    mesh = one_device_mesh()
+    params = jax.device_put(tiny.on_device(tiny.parameters()), NamedSharding(mesh, PartitionSpec()))
+    state = init_state(params, optax.sgd(1.0))
+    step: Any = make_train_step(
+        lambda params, rows: inside(mesh, tiny.forward(params, rows)),
+        optax.sgd(1.0),
+        group_size=tiny.GROUP,
+        beta=tiny.BETA,
+        shardings=jax.tree.map(lambda x: x.sharding, state),
+    )
+    data = tiny.rollouts(groups=4)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=f"logp_fn runs on one data shard, .*{hint}"):
+        step.lower(state, Rollouts({"tokens": data.pop("tokens")}, **data))
 
 
 def test_the_whole_state_is_put_where_the_parameters_are() -> None:

@@ -68,19 +68,23 @@ def forward(params: Any, batch: Any, product: Callable[..., Any] = jnp.matmul) -
 
 
 def layer(h: Any, weights: Any, product: Callable[..., Any] = jnp.matmul) -> Any:
+    h = h + attention(h, weights["attn"])
+    return h + product(jnp.tanh(product(norm(h), weights["mlp"]["up"])), weights["mlp"]["down"])
+
+
+def attention(h: Any, weights: Any) -> Any:
     causal = np.tril(np.ones((h.shape[1],) * 2, dtype=bool))
-    q, k, v = jnp.split(_norm(h) @ weights["attn"]["qkv"], 3, axis=-1)
+    q, k, v = jnp.split(norm(h) @ weights["qkv"], 3, axis=-1)
     scores = jnp.where(causal, q @ jnp.swapaxes(k, -1, -2) / h.shape[-1] ** 0.5, -1e9)
-    h = h + jax.nn.softmax(scores) @ v @ weights["attn"]["out"]
-    return h + product(jnp.tanh(product(_norm(h), weights["mlp"]["up"])), weights["mlp"]["down"])
+    return jax.nn.softmax(scores) @ v @ weights["out"]
 
 
 def logp(h: Any, head: Any, tokens: Any) -> Any:
-    every = jax.nn.log_softmax(_norm(h) @ head)[:, PROMPT - 1 : -1]
+    every = jax.nn.log_softmax(norm(h) @ head)[:, PROMPT - 1 : -1]
     return jnp.take_along_axis(every, tokens[:, PROMPT:, None], axis=-1)[..., 0]
 
 
-def _norm(h: Any) -> Any:
+def norm(h: Any) -> Any:
     return h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6)
 
 
