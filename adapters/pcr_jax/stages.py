@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
+from pcr_jax.taps import CALLS, inline
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -33,9 +35,14 @@ class Stages:
 def split(function: Callable[..., Any], inputs: Sequence[Any], watched: Collection[int]) -> Stages:
     """Of `function(*inputs)`, a tuple or list of arrays, at the first equation that reads one of the watched inputs."""
     closed = jax.make_jaxpr(function)(*inputs)
-    jaxpr = closed.jaxpr
-    marks = {jaxpr.invars[k] for k in watched}
-    first = next((k for k, eqn in enumerate(jaxpr.eqns) if marks & _read(eqn)), 0)
+    while True:
+        jaxpr = closed.jaxpr
+        marks = {jaxpr.invars[k] for k in watched}
+        first = next((k for k, eqn in enumerate(jaxpr.eqns) if marks & _read(eqn)), 0)
+        if not jaxpr.eqns or jaxpr.eqns[first].primitive.name not in CALLS:
+            break
+        # a model that is jitted as a whole is one equation: its body takes the place of it
+        closed = jax.make_jaxpr(lambda *inputs, closed=closed: inline(closed, inputs))(*inputs)
     below, above = jaxpr.eqns[:first], jaxpr.eqns[first:]
     wanted = {v for eqn in above for v in _read(eqn)} | {v for v in jaxpr.outvars if not isinstance(v, Literal)}
     made = [v for eqn in below for v in eqn.outvars if v in wanted]

@@ -25,7 +25,7 @@ from pcr_jax.kernel_view import VIEWS, Tap, View, keeps_all
 
 Key: TypeAlias = tuple[int, ...]  # of an equation: its index, after those of the equations that it lies inside of
 Probe: TypeAlias = tuple[Array, Array]
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _REMAT = frozenset({"checkpoint", "remat", "remat2"})
 
 
@@ -69,7 +69,7 @@ def _follow(jaxpr: Any, views: dict[Any, View], key: Key, found: Found) -> list[
             outputs = [seen[0].through(equation)]
         elif name == "dot_general" and len(hits) == 1:
             found.taps[here] = _tap(equation, hits[0], right=seen[0] is None)
-        elif name in _CALLS or name in _REMAT:
+        elif name in CALLS or name in _REMAT:
             inner = _inner(equation)
             outputs = _follow(inner, _named(inner.invars, seen), here, found)
         elif name == "scan":
@@ -111,8 +111,19 @@ def evaluate(closed: Any, inputs: Sequence[Any], taps: Mapping[Key, Tap], probes
     return _evaluate(closed.jaxpr, closed.consts, inputs, taps, probes)
 
 
+def inline(closed: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The traced function, with the bodies of its outermost jits in their place."""
+    return _evaluate(closed.jaxpr, closed.consts, inputs, {}, {}, inlining=True)
+
+
 def _evaluate(
-    jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], taps: Mapping[Key, Tap], probes: Mapping[Key, Probe]
+    jaxpr: Any,
+    consts: Sequence[Any],
+    inputs: Sequence[Any],
+    taps: Mapping[Key, Tap],
+    probes: Mapping[Key, Probe],
+    *,
+    inlining: bool = False,
 ) -> list[Any]:
     values: dict[Any, Any] = {}
     values.update(zip(jaxpr.constvars, consts, strict=True))
@@ -125,7 +136,10 @@ def _evaluate(
         given = [read(v) for v in equation.invars]
         below = {key[1:]: tap for key, tap in taps.items() if key[0] == index}
         mine = {key[1:]: probe for key, probe in probes.items() if key[0] == index}
-        outputs = _tapped(equation, given, below, mine) if below else _bind(equation, given)
+        if inlining and equation.primitive.name in CALLS:
+            outputs = _evaluate(_inner(equation), _consts(equation), given, {}, {})
+        else:
+            outputs = _tapped(equation, given, below, mine) if below else _bind(equation, given)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -139,7 +153,7 @@ def _tapped(equation: Any, given: list[Any], taps: Mapping[Key, Tap], probes: Ma
     if name == "scan":
         return _tapped_scan(equation, given, taps, probes)
     inner = _inner(equation)
-    if name in _CALLS:
+    if name in CALLS:
         return _evaluate(inner, _consts(equation), given, taps, probes)
 
     def again(given: list[Any], probes: Mapping[Key, Probe]) -> list[Any]:

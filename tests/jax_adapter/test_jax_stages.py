@@ -35,6 +35,17 @@ def test_what_is_read_first_leaves_nothing_below() -> None:
     np.testing.assert_array_equal(stages.upper([jnp.ones(3)], [], [])[0], 2 * jnp.ones(3))
 
 
+def test_a_function_that_is_jitted_as_a_whole_is_cut_inside() -> None:
+    def function(a: Any, b: Any) -> Any:
+        return [jnp.cos(jnp.sin(a)) * b]
+
+    a, b = jnp.arange(3.0), jnp.ones(3)
+    stages = split(jax.jit(jax.jit(function)), [a, b], [1])
+    carried, rest = stages.lower([a, b])
+    assert stages.read_above == {1}
+    np.testing.assert_array_equal(stages.upper([a, b], carried, rest)[0], function(a, b)[0])
+
+
 def _flops(blocks: str) -> float:
     """By XLA's count, of a pullback with 4 layers; of one stream for "none"."""
     params = tiny.on_device(tiny.parameters(width=16, hidden=48, layers=4))
