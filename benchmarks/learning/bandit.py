@@ -11,7 +11,7 @@ Runs of one instance with different learning rates, betas and rules share all ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
@@ -68,6 +68,28 @@ class Instance(NamedTuple):
     key: Array
 
 
+class Step(NamedTuple):
+    """What a batch was made from, for methods and measurements that need expectations.
+
+    Attributes:
+        params, start: policy and reference.
+        batch: prompts and random numbers.
+        actions: (prompts, group).
+        flips, beta: of the run.
+        scale: weights of the optimizer's metric, like the parameters.
+        uniform: (prompts, group) numbers that would pick other actions.
+    """
+
+    params: Params
+    start: Params
+    batch: Batch
+    actions: Array
+    flips: Array
+    beta: Array
+    scale: Params
+    uniform: Array
+
+
 class Streams(NamedTuple):
     """Both totals of one batch, and what is known of them.
 
@@ -80,6 +102,7 @@ class Streams(NamedTuple):
         advantages: (responses,) as they were applied.
         ids: (responses,) the prompt of each.
         logit_sq: (responses,) squared norm of log pi's derivative with respect to the logits.
+        step: what the batch was made from.
     """
 
     plasticity: Params
@@ -91,6 +114,11 @@ class Streams(NamedTuple):
     advantages: Array | None = None
     ids: Array | None = None
     logit_sq: Array | None = None
+    step: Step | None = None
+
+
+Watch = Callable[[Streams, Params], Array]
+"""(streams, update) -> (k,) numbers of a step."""
 
 
 class Decision(NamedTuple):
@@ -138,6 +166,7 @@ class Outcome(NamedTuple):
         ratio: median of v_p/v_s.
         shift: mean of what GRPO's advantages were lowered by.
         taken: mean share of sum A_i^2 |y_i|^2, A GRPO's advantages, that was taken away by it.
+        watched: means over steps of what `watch` returned, (methods, cells, k, instances); 0 without it.
     """
 
     target: Any
@@ -151,9 +180,12 @@ class Outcome(NamedTuple):
     ratio: Any
     shift: Any
     taken: Any
+    watched: Any
 
 
-def simulate(regime: Regime, methods: Sequence[Method], cells: ArrayLike, seeds: Sequence[int]) -> Outcome:
+def simulate(
+    regime: Regime, methods: Sequence[Method], cells: ArrayLike, seeds: Sequence[int], watch: Watch | None = None
+) -> Outcome:
     """GRPO on one instance per seed, as NumPy arrays.
 
     Args:
@@ -161,10 +193,11 @@ def simulate(regime: Regime, methods: Sequence[Method], cells: ArrayLike, seeds:
         methods: hashable.
         cells: (methods, cells, 2) learning rate and beta of every run of a method; beta may be 0.
         seeds: one per instance.
+        watch: what is measured in every step besides.
     """
     instances = _instances(regime.uneven, jnp.asarray(seeds))
     shape = replace(regime, flips=0.0, uneven=False)  # what programs are compiled for
-    out = _run(shape, tuple(methods), instances, jnp.asarray(cells, jnp.float32), jnp.float32(regime.flips))
+    out = _run(shape, tuple(methods), watch, instances, jnp.asarray(cells, jnp.float32), jnp.float32(regime.flips))
     return Outcome(*(np.moveaxis(np.asarray(x), 1, -1) for x in out))
 
 
@@ -338,13 +371,20 @@ def streams(
     return Streams(plasticity, stability, plain, metric, along, response_sq, advantages, ids, logit_sq)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(regime: Regime, methods: tuple[Method, ...], instances: Instance, cells: Array, flips: Array) -> Outcome:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    regime: Regime,
+    methods: tuple[Method, ...],
+    watch: Watch | None,
+    instances: Instance,
+    cells: Array,
+    flips: Array,
+) -> Outcome:
     """(methods, instances, cells); one method at a time, so that only its branch is computed."""
 
     def one_method(chosen: tuple[Array, Array]) -> Outcome:
         which, pairs = chosen
-        train = jax.vmap(partial(_train, regime, methods), in_axes=(None, None, None, 0))
+        train = jax.vmap(partial(_train, regime, methods, watch), in_axes=(None, None, None, 0))
         runs: Outcome = jax.lax.map(lambda instance: train(which, flips, instance, pairs), instances, batch_size=4)
         return runs
 
@@ -353,7 +393,13 @@ def _run(regime: Regime, methods: tuple[Method, ...], instances: Instance, cells
 
 
 def _train(
-    regime: Regime, methods: tuple[Method, ...], which: Array, flips: Array, instance: Instance, cell: Array
+    regime: Regime,
+    methods: tuple[Method, ...],
+    watch: Watch | None,
+    which: Array,
+    flips: Array,
+    instance: Instance,
+    cell: Array,
 ) -> Outcome:
     learning_rate, beta = cell
     adam = optax.scale_by_adam(0.9, 0.99)
@@ -374,10 +420,14 @@ def _train(
         scale = jax.tree.map(lambda x: jnp.where(plain, jnp.ones_like(x), x), scale)
         applied = jax.lax.switch(which, advantages, rewards.reshape(-1), state)
         both = streams(params, batch.contexts, actions, rewards, reference, beta, scale, applied)
+        fresh = jax.random.fold_in(jax.random.fold_in(instance.key, index), 99)  # 0 to 2 are draw's
+        others = jax.random.uniform(fresh, actions.shape)
+        both = both._replace(step=Step(params, instance.start, batch, actions, flips, beta, scale, others))
         decision = jax.lax.switch(which, branches, both, index / STEPS, state)
         weights = decision.weights
         update, _ = pcr_jax.resolve(both.plasticity, both.stability, both.statistics, lambda _: weights, blocks=blocks)
         update = Params(*(u + e for u, e in zip(update, decision.extra)))
+        watched = jnp.zeros(1) if watch is None else watch(both, update)
         direction, optimizer = adam.update(update, optimizer)
         if regime.optimizer == "sgd":
             direction = update
@@ -387,14 +437,14 @@ def _train(
         energy = jnp.sum(given**2 * kept)
         taken = 1 - jnp.sum(both.response_sq) / jnp.where(energy == 0, 1.0, energy)
         shifted = jnp.mean(given - applied), jnp.where(energy == 0, 0.0, taken)
-        return (params, optimizer, decision.state), (weights.stability - 1, both.statistics, shifted)
+        return (params, optimizer, decision.state), (weights.stability - 1, both.statistics, shifted, watched)
 
     def stretch(carry: Any, start: Array) -> Any:
         carry, seen = jax.lax.scan(step, carry, start + jnp.arange(EVALUATE_EVERY))
-        return carry, (_accuracies(instance, carry[0]), seen)
+        return carry, (*_accuracies(instance, carry[0]), seen)
 
     start = (instance.start, adam.init(instance.start), tuple(method.start(instance.start) for method in methods))
-    _, ((target, general), (boost, stats, (shift, taken))) = jax.lax.scan(
+    _, (target, general, (boost, stats, (shift, taken), watched)) = jax.lax.scan(
         stretch, start, jnp.arange(0, STEPS, EVALUATE_EVERY)
     )
     third = STEPS // EVALUATE_EVERY // 3
@@ -415,6 +465,7 @@ def _train(
         ratio=jnp.median(stats.plasticity_var / jnp.maximum(stats.stability_var, 1e-30)),
         shift=jnp.mean(shift),
         taken=jnp.mean(taken),
+        watched=jnp.mean(watched, axis=(0, 1)),
     )
 
 
