@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: pages from outside docs/, and Markdown as repositories show it."""
+"""What mkdocs does not do by itself: pages from outside docs/, Markdown as repositories show it, formulas as MathML."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import latex2mathml.converter
 from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File
 
@@ -16,6 +17,8 @@ _CELL = re.compile(r"(?<=<td>).*?(?=</td>)|(?<=<code>)tests/[^<]*", re.DOTALL)  
 _JOINT = re.compile(r"(<[^>]*>)|(_|::|/)(?=\w)")  # tags, and where a name may break
 _LINK = re.compile(r"(?P<image>!?)\[(?P<words>[^\]]*)\]\((?![a-z]+:|#)(?P<path>[^)#\s]+)(?P<anchor>[^)\s]*)\)")
 _FENCE = re.compile(r"^\s*(```|~~~)")
+_FORMULA = re.compile(r"^```math\n(?P<block>.*?)^```$|\$`(?P<inline>[^`]+)`\$", re.MULTILINE | re.DOTALL)
+_PLACE = re.compile(r"(<p>)?xxmath(?P<number>\d+)xx(?(1)</p>)")
 _ITEM = re.compile(r"^([-*+]|\d+\.) ")
 
 
@@ -27,7 +30,19 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    return _separate_lists(_relink(markdown, page.file))
+    page.formulas = []
+
+    def aside(found: re.Match[str]) -> str:
+        """Markdown must not read MathML: a word stands for it until the page is HTML."""
+        source, display = (found["inline"], "inline") if found["inline"] else (found["block"], "block")
+        page.formulas.append(latex2mathml.converter.convert(source, display=display))
+        return f"xxmath{len(page.formulas) - 1}xx"
+
+    return _FORMULA.sub(aside, _separate_lists(_relink(markdown, page.file)))
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    return _PLACE.sub(lambda place: page.formulas[int(place["number"])], html)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

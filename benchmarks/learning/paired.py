@@ -75,6 +75,19 @@ def interquartile_mean(values: ArrayLike, *, resamples: int = 9999) -> Interval:
     return Interval(mean, float(found.low), float(found.high), float("nan"), x.size)
 
 
+def ratio_of_means(first: ArrayLike, second: ArrayLike, *, resamples: int = 9999) -> Interval:
+    """Mean of first over mean of second, with a bootstrap interval (percentile) over instances.
+
+    Example:
+        >>> f"{ratio_of_means([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]):.2f}"
+        '0.50 [0.50, 0.50]'
+    """
+    one, two = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    chosen = np.random.default_rng(0).integers(0, one.size, (resamples, one.size))
+    low, high = np.quantile(one[chosen].mean(axis=1) / two[chosen].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(one.mean() / two.mean()), float(low), float(high), float("nan"), one.size)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values (Holm 1979): all at or below 0.05 may be claimed together at that family-wise error.
 

@@ -6,7 +6,7 @@ import pcr_core as pcr
 from benchmarks.learning.bandit import Memoryless, Method
 from benchmarks.learning.experiment import Experiment, Results
 from benchmarks.learning.experiments.bandit import PLACES
-from benchmarks.learning.experiments.default import over_regimes
+from benchmarks.learning.experiments.default import gains_table, over_regimes
 from benchmarks.learning.paired import paired_interval
 from benchmarks.learning.report import Claim, Plot, Report, Table
 from benchmarks.learning.shifts import LeaveOneOut, Measured
@@ -45,6 +45,7 @@ def report(results: Results) -> Report:
         return Report([])
     sections: list[Table | Plot] = [settings_table(SUITE, results)]
     sections += [_means(measured, base) for base in ("GRPO", "PCR 1/2", "GRPO + b")]
+    sections.append(gains_table(measured, ("PCR 1/2 + b", "GRPO + b"), ("PCR 1/2", "GRPO"), MEASURES))
     for measure, words in MEASURES.items():
         for base in ("GRPO", "PCR 1/2"):
             sections.append(difference_table(SUITE, measured, measure, f"Score, {words}, less {base}'s", BOLD, base))

@@ -14,7 +14,7 @@ import pcr_core as pcr
 from benchmarks.learning.bandit import Memoryless, Method, Regime, simulate
 from benchmarks.learning.experiment import Choices, Experiment, Job, Results, Row
 from benchmarks.learning.experiments.bandit import PLACES
-from benchmarks.learning.paired import Interval, paired_interval
+from benchmarks.learning.paired import Interval, paired_interval, ratio_of_means
 from benchmarks.learning.report import Claim, Plot, Report, Table
 from benchmarks.learning.suite import CHUNK, Suite, settings_of
 from benchmarks.learning.tables import (
@@ -71,6 +71,21 @@ def over_regimes(measured: Measured, measure: str, method: str, other: str) -> I
     """Difference of the means over regimes; a seed is an instance in all of them."""
     means = [np.mean([getattr(of[m], measure) for of in measured.values()], axis=0) for m in (method, other)]
     return paired_interval(*means)
+
+
+def gains_table(
+    measured: Measured, with_it: tuple[str, str], without: tuple[str, str], measures: dict[str, str]
+) -> Table:
+    """What a change leaves of a method's gain: (method, other) with and without it, means over regimes."""
+    rows = []
+    for measure, words in measures.items():
+        means = {m: np.mean([getattr(of[m], measure) for of in measured.values()], axis=0) for m in with_it + without}
+        new, old = means[with_it[0]] - means[with_it[1]], means[without[0]] - means[without[1]]
+        gains = [f"{over_regimes(measured, measure, *pair).times(100):+.3f}" for pair in (without, with_it)]
+        rows.append([words, *gains, f"{paired_interval(new, old).times(100):+.3f}", f"{ratio_of_means(new, old):.2f}"])
+    columns = ("units of 0.01", f"{without[0]} - {without[1]}", f"{with_it[0]} - {with_it[1]}", "second - first",
+               "second/first")  # fmt: skip
+    return Table("What is left of the gain", columns, rows, "Paired by seed; the ratio by bootstrap over instances.")
 
 
 def report(results: Results) -> Report:

@@ -14,7 +14,7 @@ from benchmarks.learning.bandit import Memoryless, Method, Regime, simulate
 from benchmarks.learning.boosts import PRODUCTS, Boost, Quieter, watch
 from benchmarks.learning.experiment import Experiment, Results
 from benchmarks.learning.experiments.bandit import PLACES
-from benchmarks.learning.experiments.default import over_regimes
+from benchmarks.learning.experiments.default import gains_table, over_regimes
 from benchmarks.learning.paired import paired_interval
 from benchmarks.learning.report import Claim, Plot, Report, Table
 from benchmarks.learning.shifts import Measured
@@ -94,6 +94,14 @@ def report(results: Results) -> Report:
         "A seed is an instance in every regime; paired by seed.",
     )
     sections: list[Table | Plot] = [settings_table(SUITE, results), pairs]
+    fast = {"best": MEASURES["best"], "rates": MEASURES["rates"]}
+    for with_it, without in (
+        (("PCR + half of b", "GRPO + half of b"), ("PCR", "GRPO")),
+        (("PCR, S expected", "GRPO, S expected"), ("PCR", "GRPO")),
+        (("the boost's shift alone", "GRPO"), ("PCR", "GRPO")),
+        (("the boost less its shift", "GRPO"), ("PCR", "GRPO")),
+    ):
+        sections.append(gains_table(measured, with_it, without, fast))
     sections += [difference_table(SUITE, measured, "best", f"Score, own best, less {base}'s", bold, base)
                  for base in ("GRPO", "PCR", "GRPO, S expected")]  # fmt: skip
     sections += [_kept(results, measured), _direction(results, measured), _noise_of_s(results, measured)]
