@@ -103,11 +103,16 @@ def _in_jax(args: argparse.Namespace) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # before JAX starts its threads
     import jax_step
 
-    programs = jax_step.programs(args.responses, args.tokens, args.vocabulary, args.groups_at_once)
-    rows = jax_step.compare({name: programs[name] for name in _chosen(programs, args.only)}, args.repeats)
+    size = jax_step.Size(args.layers, args.hidden, args.mlp)
+    sizes = args.responses, args.tokens, args.vocabulary, args.groups_at_once
+    programs = jax_step.programs(size, *sizes, stacked=args.stacked)
+    chosen = {name: programs[name] for name in _chosen(programs, args.only)}
+    rows = (jax_step.compile_times if args.compile_time else jax_step.compare)(chosen, args.repeats)
+    what = "Compiling a" if args.compile_time else "A"
+    how = f"{size}, {'one stack of layers, ' if args.stacked else ''}{args.groups_at_once} groups at once"
+    batch = f"{args.responses} responses x {args.tokens} tokens"
     show(
-        f"A GRPO update of {args.responses} responses x {args.tokens} tokens, {args.groups_at_once} groups at once; "
-        "memory is XLA's temporary memory",
+        f"{what} GRPO update of {batch}, {how}; memory is XLA's temporary memory",
         rows,
         "jax",
         args.json,
@@ -121,6 +126,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="rounds; each measures every way once")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; of JAX, cores")
     parser.add_argument("--groups-at-once", type=int, default=4, help="of JAX: groups in a forward pass")
+    parser.add_argument("--layers", type=int, default=8, help="of JAX, as the next three")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--mlp", type=int, default=1536)
+    parser.add_argument("--stacked", action="store_true", help="layers in one array, which a scan goes through")
+    parser.add_argument(
+        "--compile-time", action="store_true", help="of JAX: what it takes to trace and compile instead"
+    )
     parser.add_argument("--responses", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=4096)

@@ -22,28 +22,47 @@ import pcr_core
 from measure import Row, rows_of
 from pcr_jax import pullback, resolve, select_blocks
 
-LAYERS, HIDDEN, MLP, HEADS, KV_HEADS = 8, 512, 1536, 8, 4
-GROUP = 4
+GROUP, HEAD = 4, 64
 
 
-def parameters(vocabulary: int) -> Any:
+@dataclass(frozen=True)
+class Size:
+    layers: int = 8
+    hidden: int = 512
+    mlp: int = 1536
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // HEAD
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // 2
+
+
+def parameters(vocabulary: int, size: Size, *, stacked: bool = False) -> Any:
     rng = np.random.default_rng(0)
+    hidden, mlp = size.hidden, size.mlp
 
     def matrix(*shape: int) -> Array:
         return jnp.asarray(0.02 * rng.standard_normal(shape), jnp.float32)
 
-    kv = HIDDEN * KV_HEADS // HEADS
-
     def layer() -> Any:
         return {
-            "norm": jnp.ones(HIDDEN),
-            "attn": {"q": matrix(HIDDEN, HIDDEN), "kv": matrix(HIDDEN, 2 * kv), "o": matrix(HIDDEN, HIDDEN)},
-            "mlp_norm": jnp.ones(HIDDEN),
-            "mlp": {"gate": matrix(HIDDEN, MLP), "up": matrix(HIDDEN, MLP), "down": matrix(MLP, HIDDEN)},
+            "norm": jnp.ones(hidden),
+            "attn": {
+                "q": matrix(hidden, size.heads * HEAD),
+                "kv": matrix(hidden, 2 * size.kv_heads * HEAD),
+                "o": matrix(size.heads * HEAD, hidden),
+            },
+            "mlp_norm": jnp.ones(hidden),
+            "mlp": {"gate": matrix(hidden, mlp), "up": matrix(hidden, mlp), "down": matrix(mlp, hidden)},
         }
 
-    layers = [layer() for _ in range(LAYERS)]
-    return {"embed": matrix(vocabulary, HIDDEN), "layers": layers, "head": matrix(HIDDEN, vocabulary)}
+    layers: Any = [layer() for _ in range(size.layers)]
+    if stacked:
+        layers = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    return {"embed": matrix(vocabulary, hidden), "layers": layers, "head": matrix(hidden, vocabulary)}
 
 
 def batch(responses: int, tokens: int, vocabulary: int) -> Any:
@@ -59,14 +78,21 @@ def batch(responses: int, tokens: int, vocabulary: int) -> Any:
 def logp_fn(params: Any, rows: Any) -> Array:
     tokens = rows["tokens"]
     h = params["embed"][tokens]
-    turn = _rotary(tokens.shape[1], HIDDEN // HEADS)
-    for layer in params["layers"]:
-        h = h + _attention(_norm(h, layer["norm"]), layer["attn"], turn)
-        x, mlp = _norm(h, layer["mlp_norm"]), layer["mlp"]
-        h = h + (jax.nn.silu(x @ mlp["gate"]) * (x @ mlp["up"])) @ mlp["down"]
-    logits = _norm(h, jnp.ones(HIDDEN)) @ params["head"]
+    turn = _rotary(tokens.shape[1], HEAD)
+    if isinstance(params["layers"], list):
+        for layer in params["layers"]:
+            h = _layer(h, layer, turn)
+    else:
+        h, _ = jax.lax.scan(lambda h, layer: (_layer(h, layer, turn), None), h, params["layers"])
+    logits = _norm(h, jnp.ones(h.shape[-1])) @ params["head"]
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
     return chosen[..., 0]
+
+
+def _layer(h: Array, layer: Any, turn: tuple[Array, Array]) -> Array:
+    h = h + _attention(_norm(h, layer["norm"]), layer["attn"], turn)
+    x, mlp = _norm(h, layer["mlp_norm"]), layer["mlp"]
+    return h + (jax.nn.silu(x @ mlp["gate"]) * (x @ mlp["up"])) @ mlp["down"]
 
 
 def _norm(h: Array, weight: Array) -> Array:
@@ -86,8 +112,8 @@ def _turned(x: Array, turn: tuple[Array, Array]) -> Array:
 
 def _attention(x: Array, weights: Any, turn: tuple[Array, Array]) -> Array:
     n, length, _ = x.shape
-    q = _turned((x @ weights["q"]).reshape(n, length, HEADS, -1), turn)
-    k, v = jnp.split((x @ weights["kv"]).reshape(n, length, 2 * KV_HEADS, -1), 2, axis=2)
+    q = _turned((x @ weights["q"]).reshape(n, length, -1, HEAD), turn)
+    k, v = jnp.split((x @ weights["kv"]).reshape(n, length, -1, HEAD), 2, axis=2)
     mixed = jax.nn.dot_product_attention(q, _turned(k, turn), v, is_causal=True)
     return mixed.reshape(n, length, -1) @ weights["o"]
 
@@ -108,11 +134,14 @@ def cotangents(logp: Array, rows: Any) -> tuple[Array, Array]:
 class Compiled:
     call: Callable[[], Any]
     memory: int
+    seconds: float  # of processor time to trace and compile
 
 
-def programs(responses: int, tokens: int, vocabulary: int, groups_at_once: int) -> dict[str, Callable[[], Compiled]]:
+def programs(
+    size: Size, responses: int, tokens: int, vocabulary: int, groups_at_once: int, *, stacked: bool = False
+) -> dict[str, Callable[[], Compiled]]:
     """Every way by the name it has in the table; calling it compiles it."""
-    params, data = parameters(vocabulary), batch(responses, tokens, vocabulary)
+    params, data = parameters(vocabulary, size, stacked=stacked), batch(responses, tokens, vocabulary)
     passes = responses // (GROUP * groups_at_once)
 
     def scanned(pull_one: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -136,8 +165,9 @@ def programs(responses: int, tokens: int, vocabulary: int, groups_at_once: int) 
         # the barrier keeps the compiler from adding the cotangents before the products
         return jax.tree.map(jnp.add, *jax.lax.optimization_barrier((plasticity, stability)))
 
-    def pcr(blocks: str, norms: str) -> Callable[[Any, Any], Any]:
+    def pcr(blocks: str, norms: str, *, noise: bool = True) -> Callable[[Any, Any], Any]:
         chosen = select_blocks(params, blocks)
+        rule = pcr_core.PCR(alpha="variance") if noise else pcr_core.PCR()
 
         def run(params: Any, data: Any) -> Any:
             pulled = pullback(
@@ -149,31 +179,39 @@ def programs(responses: int, tokens: int, vocabulary: int, groups_at_once: int) 
                 group_size=GROUP,
                 norms=norms,  # type: ignore[arg-type]
                 groups_at_once=groups_at_once,
+                noise=noise,
             )
-            return resolve(
-                pulled.plasticity, pulled.stability, pulled.scatter(), pcr_core.PCR(alpha="variance"), blocks=chosen
-            )
+            scatter = pulled.scatter() if noise else None
+            return resolve(pulled.plasticity, pulled.stability, scatter, rule, blocks=chosen)
 
         return run
 
-    upper = rf"layers/({'|'.join(str(i) for i in range(LAYERS // 2, LAYERS))})/mlp/"
     every = {
         "vanilla: one pullback": scanned(vanilla),
         "two pullbacks, no norms": scanned(two),
+        "PCR without noise, all MLP kernels": pcr("mlp", "fast", noise=False),
         "PCR, all MLP kernels": pcr("mlp", "fast"),
-        "PCR, MLP kernels of the upper half, streams merged below": pcr(upper, "fast"),
-        "PCR, loop over responses": pcr("mlp", "loop"),
     }
+    if not stacked:
+        upper = rf"layers/({'|'.join(str(i) for i in range(size.layers // 2, size.layers))})/mlp/"
+        every |= {
+            "PCR without noise, MLP kernels of the upper half": pcr(upper, "fast", noise=False),
+            "PCR, MLP kernels of the upper half": pcr(upper, "fast"),
+        }
+    every["PCR, loop over responses"] = pcr("mlp", "loop")
     return {name: partial(_compiled, run, params, data) for name, run in every.items()}
 
 
 def _compiled(run: Callable[[Any, Any], Any], params: Any, data: Any) -> Compiled:
+    start = time.process_time()
     program = jax.jit(run).lower(params, data).compile()
-    return Compiled(lambda: jax.block_until_ready(program(params, data)), program.memory_analysis().temp_size_in_bytes)
+    seconds = time.process_time() - start
+    memory = program.memory_analysis().temp_size_in_bytes
+    return Compiled(lambda: jax.block_until_ready(program(params, data)), memory, seconds)
 
 
 def compare(programs: dict[str, Callable[[], Compiled]], repeats: int) -> list[Row]:
-    """Each program once a round, in turns."""
+    """Each program once a round, in turns, by processor time: JAX has one core, which others may use as well."""
     every: dict[str, Compiled] = {}
     for name, compiled in track(list(programs.items()), "compiling, and warming up", transient=True):
         every[name] = compiled()
@@ -181,7 +219,20 @@ def compare(programs: dict[str, Callable[[], Compiled]], repeats: int) -> list[R
     seconds: dict[str, list[float]] = {name: [] for name in every}
     for _ in track(range(repeats), "timing", transient=True):
         for name, way in every.items():
-            start = time.perf_counter()
+            start = time.process_time()
             way.call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return rows_of(seconds, {name: way.memory for name, way in every.items()})
+
+
+def compile_times(programs: dict[str, Callable[[], Compiled]], repeats: int) -> list[Row]:
+    """Processor time to trace and compile each program, anew in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    memory = {}
+    for _ in track(range(repeats), "compiling", transient=True):
+        for name, compiled in programs.items():
+            jax.clear_caches()
+            once = compiled()
+            seconds[name].append(once.seconds)
+            memory[name] = once.memory
+    return rows_of(seconds, memory)

@@ -2,9 +2,9 @@
 
 Those err by 1e-7 of |a||b| as a rule, and by some 1e-6 where all terms are equal and round alike.
 
-How XLA orders a sum is its own affair, so the partial sums are spelled out: one for each of many lanes, in a loop that
-reads both gradients once; or, for arrays that the partitioner may have split over devices, parts of the last axis,
-which leave a sharding as it is.
+How XLA orders a sum is its own affair, so the partial sums are spelled out: parts of the last axis, which leave a
+sharding as it is and which an accelerator fuses with the products; or, on a CPU, one for each of many lanes, in a loop
+that reads both gradients once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pcr_jax.blocks import Blocks
 from pcr_jax.sharding import Axes, Layout
 
 _PART = 128
+_CACHED = 1 << 20  # numbers that a CPU's cache holds, so that it may read them once for each product
 _LANES = (1 << 13) + 64  # no power of two, at which all terms of a lane would want the same lines of the first cache
 _AT_ONCE = 4  # terms of a lane that are read in a turn of the loop; with them, what a core's cache holds
 _RUN = 16  # turns that a lane adds before its sum is added to others: equal terms round alike in all lanes
@@ -35,16 +36,6 @@ def wide_dtype() -> Any:
 
 def at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _inner(a: Array, b: Array) -> Array:
-    wide = wide_dtype()
-    product = a.astype(wide) * b.astype(wide)
-    if wide == jnp.float64:
-        return jnp.sum(product)
-    while product.size > _PART:
-        product = _short_sums(product).reshape(-1)
-    return jnp.sum(product)
 
 
 def _short_sums(x: Array) -> Array:
@@ -61,10 +52,6 @@ def _short_sums(x: Array) -> Array:
     return jax.lax.optimization_barrier(jnp.concatenate(parts, axis=-1))
 
 
-inner = jax.jit(_inner)
-"""a.b over all elements of two arrays of one shape; shape (), the wide dtype."""
-
-
 def in_one_piece(layout: Layout | None) -> bool:
     """Whether arrays lie on one device as they are: there is but one, or a layout says how they are split."""
     return layout is not None or jax.device_count() == 1
@@ -72,7 +59,10 @@ def in_one_piece(layout: Layout | None) -> bool:
 
 def three(p: Array, s: Array, *, whole: bool) -> Array:
     """(3,) p.p, s.s and p.s; `whole`: of arrays that are in one piece."""
-    if not whole or p.size < _LANES * _AT_ONCE:
+    if not whole:
+        return three_of_rows(p, s, leading=0)
+    p, s = p.reshape(-1), s.reshape(-1)
+    if p.size < _CACHED:
         return three_of_rows(p, s, leading=0)
     products: Array = jax.lax.platform_dependent(p, s, cpu=_three_in_lanes, default=partial(three_of_rows, leading=0))
     return products
