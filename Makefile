@@ -26,8 +26,9 @@ lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy pcr_core adapters/pcr_torch adapters/pcr_jax adapters/pcr_train conformance/pcr_conformance
 
-unit: $(VENV)/.dev ## doctests and tests; SLOW=1 adds the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 20 --durations-min 2 --doctest-modules \
+# without SLOW, XLA generates code without LLVM's expensive passes: half of the time of JAX's tests is compiling
+unit: $(VENV)/.dev ## doctests and tests; SLOW=1 adds the slow ones, and compiles JAX's programs as users do
+	OMP_NUM_THREADS=1 $(if $(SLOW),,JAX_DISABLE_MOST_OPTIMIZATIONS=1) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 20 --durations-min 2 --doctest-modules \
 		--ignore conformance/pcr_conformance/test_laws.py \
 		$(if $(SLOW),,-m "not slow") pcr_core adapters conformance tests
 

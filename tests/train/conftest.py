@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ if any(importlib.util.find_spec(name) is None for name in ("trl", "reasoning_gym
     pytest.skip("pcr-train needs the extra pcr-grpo[demo]", allow_module_level=True)
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from pcr_torch.train.tiny import make_tiny
@@ -30,10 +32,16 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that has had half its lessons: it earns rewards, so a step of few responses has a gradient."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    make_tiny(load_task("chain_sum", shots=0), folder, seed=0, steps=200)
+    """A tiny model that has had half its lessons: it earns rewards, so a step of few responses has a gradient.
+
+    It is made once for all processes of pytest-xdist, whose folders lie beside each other.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-model"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            torch.set_num_threads(1)
+            make_tiny(load_task("chain_sum", shots=0), folder, seed=0, steps=200)
     return folder
 
 

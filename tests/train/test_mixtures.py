@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from pcr_torch.train import models
 from pcr_torch.train.engine import TorchEngine
 from pcr_torch.train.tiny import character_tokenizer
 from pcr_train.progress import read_metrics
@@ -76,7 +78,10 @@ def test_two_steps_and_two_more_are_four_bit_for_bit(
     assert rows == others
 
 
-def test_a_router_loss_is_refused_by_its_option_where_there_is_none(tmp_path: Path) -> None:
+def test_a_router_loss_is_refused_by_its_option_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "make_tiny", functools.partial(models.make_tiny, steps=1))
     settings = Settings(model="tiny", shots=0, steps=1, prompts=2, generations=4, max_tokens=5, heldout=2, samples=1,
                         retention_task="none", router_loss=0.1)  # fmt: skip
     with pytest.raises(ValueError, match="--router-loss: tiny is no mixture of experts"):
