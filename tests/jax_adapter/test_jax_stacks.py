@@ -45,8 +45,15 @@ def same(one: Any, other: Any, bound: float) -> None:
         assert relative(x, y) <= bound
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("granularity", ["tensor", "layer"])
+@pytest.mark.parametrize(
+    ("axis", "granularity"),
+    [
+        (0, "tensor"),
+        (1, "layer"),
+        pytest.param(0, "layer", marks=pytest.mark.slow),  # that both select the same: test_jax_blocks.py
+        pytest.param(1, "tensor", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("norms", ["fast", "loop", "copied"])
 def test_a_list_and_a_stack_have_the_same_update(
     axis: int, granularity: Literal["tensor", "layer"], norms: Any, monkeypatch: pytest.MonkeyPatch

@@ -21,8 +21,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Results of all cases by rank: one start of two processes for the file."""
     folder = save_model(tmp_path_factory.mktemp("model"))
     return run_world(
-        trainer_cases.run_cases, tmp_path_factory.mktemp("world"), folder, tmp_path_factory.mktemp("out"), timeout=150
-    )
+        trainer_cases.run_cases, tmp_path_factory.mktemp("world"), folder, tmp_path_factory.mktemp("out"), timeout=150,
+        libraries=("trl.trainer.grpo_trainer", "peft"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("sharding", "setting"), CASES)

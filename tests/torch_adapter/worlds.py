@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_LIBRARIES = ("torch.distributed.fsdp", "transformers.models.llama.modeling_llama")
 
-def run_world(work: Callable[..., Any], folder: Path, *args: Any, world: int = 2, timeout: float = 100) -> list[Any]:
+
+def run_world(
+    work: Callable[..., Any],
+    folder: Path,
+    *args: Any,
+    world: int = 2,
+    timeout: float = 100,
+    libraries: Sequence[str] = (),
+) -> list[Any]:
     """[work(rank, *args) for each rank], each in its own process; a rank's exception is raised with its traceback, and
     ranks that hang with where they stand.
 
-    `work` must be importable by name from a module. Results travel through files in `folder`.
+    `work` must be importable by name from a module. Results travel through files in `folder`. The ranks are forked from
+    a server process, which has no threads and imports `libraries` once for all of them.
     """
+    multiprocessing.set_forkserver_preload([*_LIBRARIES, *libraries])  # of the first call, which starts the server
     context = mp.start_processes(
-        _rank, args=(work, world, str(folder), timeout, args), nprocs=world, join=False, start_method="spawn"
+        _rank, args=(work, world, str(folder), timeout, args), nprocs=world, join=False, start_method="forkserver"
     )
     assert context is not None
     end = time.monotonic() + timeout
