@@ -33,6 +33,7 @@ from pcr_torch.rows import (
 NOBODY = -1
 Owners: TypeAlias = NDArray[np.int64]
 Shape = tuple[int, ...]
+Inputs: TypeAlias = "Sequence[tuple[Any, int]]"  # a node's next_functions
 _Below: TypeAlias = "Sequence[Owners | str | None]"  # by input: owners; why there are none; None: has no rows
 
 # fmt: off
@@ -59,6 +60,15 @@ _COMPLEX = {"ViewAsComplex", "ViewAsReal"}
 _APART = {"Split", "SplitWithSizes", "Unbind"}
 _LINEAR = {"Addmm": 1, "Linear": 0, "Mm": 0, "Mv": 0, "GroupedMm": 0}  # which of their inputs has rows
 _BATCHED = {"Bmm": 0, "Baddbmm": 1}  # which of their inputs is the first factor
+# what a rule reads of a node besides shapes; layers repeat each other, so of these kinds it is applied once
+_READ: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(ELEMENTWISE | _MORE_ELEMENTWISE | RESHAPING | _COMPLEX | _ATTENTION, ()),
+    **dict.fromkeys((*_LINEAR, *_BATCHED, "Expand", "T", "_Probe"), ()),
+    **dict.fromkeys(("Cat", "LogSoftmax", "Mean", "Softmax", "Sum"), ("_saved_dim",)),
+    "Permute": ("_saved_dims",),
+    "Slice": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
+    "Transpose": ("_saved_dim0", "_saved_dim1"),
+}
 
 
 class Follow:
@@ -67,26 +77,38 @@ class Follow:
     def __init__(self, n: int) -> None:
         self.responses: Owners = np.arange(n)
         self._views: dict[tuple[int, Shape, Shape], tuple[Owners, Owners | str]] = {}
+        self._found: dict[tuple[Any, ...], tuple[Owners, _Below]] = {}  # with the owners, whose id is in the key
 
-    def below(self, node: Any, outputs: dict[int, Owners | str | None]) -> _Below:
-        inputs, kind = node.next_functions, kind_of(node)
+    def below(self, node: Any, inputs: Inputs, outputs: dict[int, Owners | str | None]) -> _Below:
+        """Of each of a node's inputs, which are its `next_functions`, by the owners of its outputs by their number."""
+        kind, function = kind_of(node), getattr(node, "_forward_cls", None)
         if kind in _APART and len(inputs) == 1:
             whole = self._together(node, outputs)
             if whole is not None:
                 return [whole]
-        if _function(node) in _IDENTITIES and len(inputs) == len(node._input_metadata):
+        if function is not None and _function(node) in _IDENTITIES and len(inputs) == len(node._input_metadata):
             return [outputs.get(k) for k in range(len(inputs))]
-        first, *others = outputs or {0: None}
+        first = next(iter(outputs), 0)
         owners = outputs.get(first)
-        for k in others:
-            owners = joined(owners, outputs[k], node)
+        if len(outputs) > 1:
+            for k, others in outputs.items():
+                owners = owners if k == first else joined(owners, others, node)
         if owners is None or isinstance(owners, str):
             return [owners] * len(inputs)
         out = shape_of(node, first)
         shapes = [None if after is None else shape_of(after, k) for after, k in inputs]
+        read = _READ.get(kind)
+        if read is None or (function is not None and kind != "_Probe"):
+            return self._of_inputs(node, kind, owners, out, shapes)
+        key = (kind, function, id(owners), out, *shapes, *[getattr(node, name, None) for name in read])
+        if key not in self._found:
+            self._found[key] = owners, self._of_inputs(node, kind, owners, out, shapes)
+        return self._found[key][1]
+
+    def _of_inputs(self, node: Any, kind: str, owners: Owners, out: Shape, shapes: list[Shape | None]) -> _Below:
         unknown = f"{kind}, of which it is not known whether it keeps responses apart"
         if out[: owners.ndim] != owners.shape:
-            return [unknown] * len(inputs)
+            return [unknown] * len(shapes)
         found = self._below(node, kind, owners, out, shapes)
         items = self._of_items(owners) if found is None else None
         if items is not None:  # attention mixes the tokens of an item, also those that are nobody's
@@ -94,7 +116,7 @@ class Follow:
         if found is None and kind in MOVES:
             back = moved(node, owners, NOBODY)
             found = back and [self._moved_from(mine, s) for mine, s in zip(back, shapes, strict=True)]
-        return [unknown] * len(inputs) if found is None else found
+        return [unknown] * len(shapes) if found is None else found
 
     def _together(self, node: Any, outputs: dict[int, Owners | str | None]) -> Owners | None:
         """Of what is split along its first dimension."""

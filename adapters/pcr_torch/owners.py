@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from pcr_torch.owner_rules import NOBODY, Follow, Owners, joined, spread
+from pcr_torch.owner_rules import NOBODY, Follow, Inputs, Owners, joined, spread
 from pcr_torch.probe import is_probe
 from pcr_torch.rows import is_leaf, shape_of
 
@@ -42,9 +42,10 @@ def survey(output: Tensor) -> Survey:
     start = cast(Node, output.grad_fn)
     follow = Follow(output.shape[0])
     known: dict[Node, dict[int, Owners | str | None]] = {start: {output.output_nr: follow.responses}}  # by output
-    for node in _from_output(start):
+    for node, inputs in _from_output(start):
         mine = known.pop(node, {})
-        if is_probe(node):
+        probed = is_probe(node)
+        if probed:
             # on the way to parameters only: a layer that makes weights
             why = mine.get(0)
             if why is None:
@@ -52,11 +53,11 @@ def survey(output: Tensor) -> Survey:
             elif not isinstance(why, str) and why.ndim >= len(shape_of(node, 0)):
                 why = "a row's features belong to several responses"
             found.calls.setdefault(cast(Any, node).path, []).append(why)
-        for (after, k), owners in zip(node.next_functions, follow.below(node, mine), strict=True):
+        for (after, k), owners in zip(inputs, follow.below(node, inputs, mine), strict=True):
             if after is None:
                 continue
             if is_leaf(after):
-                if not is_probe(node):
+                if not probed:
                     found.bypassed.add(id(cast(Any, after).variable))
             else:
                 there = known.setdefault(after, {})
@@ -90,19 +91,24 @@ def by_response(tensor: Tensor, n: int, where: tuple[Tensor, Tensor] | None) -> 
     return flat[at].masked_fill(absent, 0)
 
 
-def _from_output(start: Node) -> Iterator[Node]:
-    """Every node after all that use its output."""
-    order: list[Node] = []
+def _from_output(start: Node) -> list[tuple[Node, Inputs]]:
+    """Every node after all that use its output, with its inputs."""
+    order: list[tuple[Node, Inputs]] = []
     seen = {start}
-    stack: list[tuple[Node, Iterator[tuple[Node | None, int]]]] = [(start, iter(start.next_functions))]
-    while stack:
-        node, edges = stack[-1]
+    stack: list[tuple[Node, Inputs, Iterator[tuple[Any, int]]]] = []
+    node = start
+    inputs: Inputs = node.next_functions
+    edges = iter(inputs)
+    while True:
         for after, _ in edges:
             if after is not None and after not in seen and not is_leaf(after):
                 seen.add(after)
-                stack.append((after, iter(after.next_functions)))
+                stack.append((node, inputs, edges))
+                node, inputs = after, after.next_functions
+                edges = iter(inputs)
                 break
         else:
-            order.append(node)
-            stack.pop()
-    return reversed(order)
+            order.append((node, inputs))
+            if not stack:
+                return order[::-1]
+            node, inputs, edges = stack.pop()

@@ -12,10 +12,10 @@ other way round, by how the weight is stored). Two ways, chosen by a count of op
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -177,30 +177,32 @@ def _spans(x: Tensor, dys: Sequence[Tensor]) -> list[slice]:
 @np.errstate(all="ignore")
 def _at_once(x: Tensor, dys: Sequence[Tensor], strata: Sequence[Sequence[int]], *, transposed: bool) -> Products:
     """All responses of a small weight in a few calls, however many they are."""
-    tokens = x.numpy()
-    gradients, sums = [], []
-    for dy in dys:
+    n, tokens = len(x), x.numpy()
+    height, width = (x.shape[2], dys[0].shape[2]) if transposed else (dys[0].shape[2], x.shape[2])
+    # of each stream the gradients of responses, then those of strata
+    gradients = np.empty((len(dys), n + len(strata), height, width), dtype=tokens.dtype)
+    even = _even(tuple(map(tuple, strata)), n)
+    for each, dy in zip(gradients, dys, strict=True):
         left, right = (tokens, dy.numpy()) if transposed else (dy.numpy(), tokens)
-        gradients.append(np.matmul(left.transpose(0, 2, 1), right))
-        sums.append(np.stack([gradients[-1][_view_of(members)].sum(axis=0) for members in strata]))
-    pairs = PAIRS[len(dys)]
-    return Products(
-        [torch.from_numpy(each.sum(axis=0)) for each in sums],
-        torch.from_numpy(np.stack([_row_dots(gradients[a], gradients[b]) for a, b in pairs])),
-        torch.from_numpy(np.stack([_row_dots(sums[a], sums[b]) for a, b in pairs])),
-    )
+        np.matmul(left.transpose(0, 2, 1), right, out=each[:n])
+        if even:
+            np.add.reduce(each[:n].reshape(len(strata), -1, height, width), axis=1, out=each[n:])
+            continue
+        for members, total in zip(strata, each[n:], strict=True):
+            np.add.reduce(each[list(members)], axis=0, out=total)
+    found = np.empty((len(PAIRS[len(dys)]), n + len(strata)))
+    for (a, b), products in zip(PAIRS[len(dys)], found, strict=True):
+        # in the arrays' dtype along a row, float64 from there on
+        np.add.reduce(np.vecdot(gradients[a], gradients[b]), axis=1, dtype=np.float64, out=products)
+    totals = [torch.from_numpy(each[n:].sum(axis=0)) for each in gradients]
+    return Products(totals, torch.from_numpy(found[:, :n]), torch.from_numpy(found[:, n:]))
 
 
-def _view_of(rows: Sequence[int]) -> Any:
-    """Neighbours as a slice, which copies nothing."""
-    if len(rows) == 1 + rows[-1] - rows[0] and all(b - a == 1 for a, b in itertools.pairwise(rows)):
-        return slice(rows[0], rows[-1] + 1)
-    return rows
-
-
-def _row_dots(a: Any, b: Any) -> Any:
-    """(sets, height, width) -> (sets,), in the arrays' dtype along a row, float64 from there on."""
-    return np.vecdot(a, b).sum(axis=1, dtype=np.float64)
+@cache
+def _even(strata: tuple[tuple[int, ...], ...], n: int) -> bool:
+    """Whether strata are equally many neighbours, all n responses in order."""
+    rows = [i for members in strata for i in members]
+    return rows == list(range(n)) and len({len(members) for members in strata}) == 1
 
 
 @np.errstate(all="ignore")  # what is not finite stays so, and is seen by whoever resolves
