@@ -5,6 +5,7 @@ The same code runs on every library, so few examples each are enough; NumPy, the
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -31,3 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elsewhere = adapter.name not in _QUICK and law.level in ("core", "sharded")
         if not own and (compiled or elsewhere or adapter.name == "jax-donated"):  # jax-resolve but for its memory
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What importing has made stays: accelerate collects garbage after every training, and would look through it."""
+    gc.collect()
+    gc.freeze()

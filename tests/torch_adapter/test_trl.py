@@ -473,9 +473,9 @@ def test_both_routes_have_the_same_streams(
     given = []
     accumulate = PCR.accumulate_cotangents
 
-    def recorded(self: PCR, logp: Tensor, plasticity: Tensor, stability: Tensor, *, group_ids: Tensor) -> None:
+    def recorded(self: PCR, logp: Tensor, plasticity: Tensor, stability: Tensor, **options: Any) -> None:
         given.append((logp.detach().clone(), plasticity.clone(), stability.clone()))
-        accumulate(self, logp, plasticity, stability, group_ids=group_ids)
+        accumulate(self, logp, plasticity, stability, **options)
 
     monkeypatch.setattr(PCR, "accumulate_cotangents", recorded)
     options: dict[str, Any] = {"loss_type": "grpo", "importance_sampling_level": level, "reference_noise": 0.3}
