@@ -1,8 +1,8 @@
 """Inner products of the per-response gradients of kernels, made of their inputs and both streams' output gradients.
 
-On a CPU each response's gradient is formed, multiplied and added to its group's before the next one. On an accelerator
-that would be many short steps; there one batched product forms the gradients of all responses, of as many kernels, or
-of as many rows of one, as memory allows.
+On a CPU each response's gradient is formed, multiplied and added to its group's before the next one, some rows at a
+time where these stay in a core's cache. On an accelerator that would be many short steps; there one batched product
+forms the gradients of all responses, of as many kernels, or of as many rows of one, as memory allows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from jax import Array
 from pcr_jax.products import three, three_of_rows
 
 Products: TypeAlias = tuple[tuple[Array, Array], Array, Array]
+_TILE = 3 << 16  # numbers of a response's gradient that a core's cache holds, with those of its group
+_FEWEST_ROWS = 96  # of a tile: with fewer, the matrix product itself is slow
+_UNROLL = 4  # responses of a tile whose gradients are added in one go
 _HELD = 1 << 28  # numbers of per-response gradients that an accelerator holds at a time
 
 
@@ -41,8 +44,10 @@ def kernel_products(x: Array, dp: Array, ds: Array, group_size: int, *, whole: b
 
 
 def _one_by_one(x: Array, dp: Array, ds: Array, group_size: int, whole: bool) -> Products:
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    nothing = (jnp.zeros((x.shape[-1], dp.shape[-1]), accumulate),) * 2
+    accumulate, inputs = jnp.promote_types(x.dtype, jnp.float32), x.shape[-1]
+    rows = _tile_rows(inputs, dp.shape[-1])
+    unroll = _UNROLL if rows < inputs else 1
+    nothing = (jnp.zeros((rows, dp.shape[-1]), accumulate),) * 2
 
     def one_response(sums: Any, row: Any) -> Any:
         x, *dys = row
@@ -50,17 +55,34 @@ def _one_by_one(x: Array, dp: Array, ds: Array, group_size: int, whole: bool) ->
         return jax.tree.map(jnp.add, sums, (p, s)), three(p, s, whole=whole)
 
     def one_group(totals: Any, rows: Any) -> Any:
-        sums, products = jax.lax.scan(one_response, nothing, rows)
+        sums, products = jax.lax.scan(one_response, nothing, rows, unroll=unroll)
         # once a group, a slower sum that compiles sooner
         return jax.tree.map(jnp.add, totals, sums), (products, three_of_rows(*sums, leading=0))
 
-    def one_kernel(rows: Any) -> Products:
-        totals, (response, stratum) = jax.lax.scan(one_group, nothing, rows)
-        return totals, response.reshape(-1, 3), stratum
+    def one_kernel(operands: Any) -> Products:
+        tiles, dp, ds = operands
 
-    rows = tuple(t.reshape(t.shape[0], -1, group_size, *t.shape[2:]) for t in (x, dp, ds))
-    products: Products = _of_each_kernel(one_kernel, rows)
+        def one_tile(x: Array) -> Products:
+            totals, (response, stratum) = jax.lax.scan(one_group, nothing, (x, dp, ds))
+            return totals, response.reshape(-1, 3), stratum
+
+        (p, s), response, stratum = _of_each(one_tile, tiles)
+        p, s = (t.reshape(-1, t.shape[-1])[:inputs] for t in (p, s))
+        return (p, s), response.sum(0), stratum.sum(0)
+
+    x, dp, ds = (t.reshape(t.shape[0], -1, group_size, *t.shape[2:]) for t in (x, dp, ds))
+    x = jnp.pad(x, ((0, 0),) * 4 + ((0, -inputs % rows),))
+    tiles = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, rows), -2, 1)
+    products: Products = _of_each(one_kernel, (tiles, dp, ds))
     return products
+
+
+def _tile_rows(inputs: int, outputs: int) -> int:
+    """Rows of a kernel whose gradient is formed at a time: those that a core's cache holds, if these are not few."""
+    most = _TILE // outputs
+    if most < _FEWEST_ROWS or inputs <= most:
+        return inputs
+    return -(-inputs // -(-inputs // most))
 
 
 def _in_batches(x: Array, dp: Array, ds: Array, group_size: int) -> Products:
@@ -73,7 +95,7 @@ def _in_batches(x: Array, dp: Array, ds: Array, group_size: int) -> Products:
             products: Products = jax.tree.map(lambda t: t[0], _in_batches(x, dp, ds, group_size))
             return products
 
-        products: Products = _of_each_kernel(one_kernel, (x, dp, ds), at_once=max(1, _HELD // each))
+        products: Products = _of_each(one_kernel, (x, dp, ds), at_once=max(1, _HELD // each))
         return products
     pieces = min(inputs, -(-each // _HELD))
     parts = [
@@ -93,7 +115,7 @@ def _batched(x: Array, dp: Array, ds: Array, group_size: int) -> Products:
     return totals, three_of_rows(p, s, leading=2), three_of_rows(*groups, leading=2)
 
 
-def _of_each_kernel(function: Any, operands: Any, at_once: int | None = None) -> Any:
+def _of_each(function: Any, operands: Any, at_once: int | None = None) -> Any:
     if jax.tree.leaves(operands)[0].shape[0] > 1:
         return jax.lax.map(function, operands, batch_size=at_once)
     return jax.tree.map(lambda t: t[None], function(jax.tree.map(lambda t: t[0], operands)))
