@@ -15,7 +15,14 @@ def check_floating(tree: Any, name: str) -> None:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not is_floating(leaf):
             where = f"{name}: {path_name(path) or 'the leaf'}"
-            raise TypeError(f"{where} is {getattr(leaf, 'dtype', type(leaf).__name__)}, expected a floating array")
+            what = getattr(leaf, "dtype", type(leaf).__name__)
+            hint = ""
+            if name == "params":
+                hint = (
+                    "; leave out what is not trained (random keys, counters): with nnx, "
+                    "structure, params, rest = nnx.split(model, nnx.Param, ...)"
+                )
+            raise TypeError(f"{where} is {what}, expected a floating array{hint}")
     check_width(tree, name)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 _NUMBERED = re.compile(r"^((?:.*(?:layer|block)s?_?)|h_?)(\d+)$", re.IGNORECASE)
 _NUMBERED_BEFORE = re.compile(r"^((?:layer|block|h)_?)(\d+)_(\w+)$")  # haiku's h0_mlp
-_STACK = re.compile(r"^(layers|blocks|h)$", re.IGNORECASE)
+_STACK = re.compile(r"^(?:(?:\w+_)?(?:layers|blocks)|h)$", re.IGNORECASE)  # MaxText's dense_layers, moe_layers
 
 
 class Layers:

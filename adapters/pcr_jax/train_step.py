@@ -21,6 +21,7 @@ from pcr_core.rules import require_rule
 from pcr_jax.baseline import Shift, check_baseline, measured, no_sums, weights
 from pcr_jax.blocks import Blocks, Granularity, Selector, select_blocks
 from pcr_jax.checks import check_floating, check_mask, check_width
+from pcr_jax.optimizers import apply_optimizer, check_optimizer, init_optimizer
 from pcr_jax.pullback import LogpFn, Norms, Path, pullback
 from pcr_jax.records import register
 from pcr_jax.resolve import Report, as_written, resolve
@@ -174,9 +175,10 @@ def init_state(
 ) -> TrainState:
     """The state before the first step.
 
-    `params` are copied, since steps take the memory of the state they are given. Where they lie on a mesh, so does all
-    of the state: the optimizer's moments like their parameters, counters replicated. `rule`, `blocks` and `granularity`
-    are those of `make_train_step`; only TemporalPrior asks for them. `baseline`: whether the step has one.
+    `params` is any pytree of floating arrays: dicts, nnx states, or a Module that is one. They are copied, since steps
+    take the memory of the state they are given. Where they lie on a mesh, so does all of the state: the optimizer's
+    moments like their parameters, counters replicated. `rule`, `blocks` and `granularity` are those of
+    `make_train_step`; only TemporalPrior asks for them. `baseline`: whether the step has one.
     """
     check_floating(params, "params")
     # of a dtype that is meant: a weakly typed array would become another in the first step, which compiles anew
@@ -185,7 +187,7 @@ def init_state(
     if is_temporal(rule):
         prior = init_prior(params, blocks if isinstance(blocks, Blocks) else select_blocks(params, blocks, granularity))
     known = no_sums() if baseline else None
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), prior, known)
+    state = TrainState(params, init_optimizer(optimizer, params), jnp.zeros((), jnp.int32), prior, known)
     meshes = {x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(x.sharding, NamedSharding)}
     if not meshes:
         return state
@@ -225,9 +227,11 @@ def make_train_step(
     The state that is given to it is donated: its arrays cannot be used afterwards.
 
     Args:
-        logp_fn: (params, rows of `Rollouts.inputs`) -> (rows, T), see `pullback`.
-        optimizer: any `optax.GradientTransformation`. It sees the resolved update; what accumulates or splits gradients
-            itself (MultiSteps) comes too late for the statistics: use larger batches and `microbatch`.
+        logp_fn: (params, rows of `Rollouts.inputs`) -> (rows, T), see `pullback`. Rows may come one at a time or by
+            whole groups: a key for dropout that it closes over gives each of them, or each group, the same mask, so
+            take a key a response as part of the inputs.
+        optimizer: any `optax.GradientTransformation`. It sees the resolved update, and both losses' sum as `value`.
+            What accumulates gradients (MultiSteps) comes too late and is refused: use larger batches and `microbatch`.
         group_size: responses a prompt; of smaller groups see `Rollouts.present`.
         beta: KL coefficient, >= 0.
         rule: any `pcr_core.Rule`; TemporalPrior needs `init_state(params, optimizer, rule, blocks=blocks)`.
@@ -269,8 +273,7 @@ def make_train_step(
         (1, ('up',))
     """
     require_rule(rule)
-    if not callable(getattr(optimizer, "update", None)):
-        raise TypeError(f"optimizer: expected an optax.GradientTransformation, got {type(optimizer).__name__}")
+    check_optimizer(optimizer)
     if not is_number(beta):
         check_width(beta, "beta")
     beta, clip = check_options(beta, clip, normalization, importance, kl)
@@ -373,9 +376,10 @@ def make_train_step(
         )
         update = jax.tree.map(lambda u, x: u.astype(x.dtype), update, state.params)
         resolution = as_written(resolution, update)
-        change, inner = optimizer.update(update, state.optimizer, state.params)
-        params = jax.tree.map(lambda x, dx: (x + dx).astype(x.dtype), state.params, change)
         lost = objective(logp, rollouts, normalizer)
+        loss = jnp.sum(lost.plasticity_loss) + jnp.sum(lost.stability_loss)
+        change, inner = apply_optimizer(optimizer, update, state.optimizer, state.params, loss)
+        params = jax.tree.map(lambda x, dx: (x + dx).astype(x.dtype), state.params, change)
         report = StepReport(
             jnp.sum(lost.plasticity_loss),
             jnp.sum(lost.stability_loss),

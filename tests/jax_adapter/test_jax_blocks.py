@@ -88,6 +88,13 @@ def test_a_stack_of_layers_has_the_blocks_of_a_list(axis: int, granularity: Any)
         assert select_blocks({"layers": stack}, "up/kernel").of_leaf[-1] == (0, 1, 2)
 
 
+def test_stacks_of_several_kinds_of_layers() -> None:
+    mlp = {"mlp": {"wi": matrix(4, 3, 8), "wo": matrix(8, 3, 4)}}
+    blocks = select_blocks({"decoder": {"dense_layers": mlp, "moe_layers": mlp}})
+    assert blocks.names[:2] == ("decoder/dense_layers/0/mlp/wi", "decoder/dense_layers/0/mlp/wo")
+    assert len(blocks.names) == 12
+
+
 def test_stacks_whose_axis_cannot_be_told_are_one_block() -> None:
     blocks = select_blocks({"layers": {"mlp": {"up": matrix(3, 4, 8), "down": matrix(5, 6, 4)}}}, "all")
     assert blocks.names == ("layers/mlp/down", "layers/mlp/up")
