@@ -106,12 +106,12 @@ def report(results: Results) -> Report:
                  for base in ("GRPO", "PCR", "GRPO, S expected")]  # fmt: skip
     sections += [_kept(results, measured), _direction(results, measured), _noise_of_s(results, measured)]
     caption = (
-        "Left: what is left of P in the update, along its noise and along its mean, a point a regime. Right: gain over "
-        "GRPO at own best settings, mean of the regimes with its 95 % interval."
+        "Left: what is left of P in the update, along its noise and along its mean, a point a regime; on the line both "
+        "are damped alike. Right: gain over GRPO at own best settings, mean of the regimes with its 95 % interval."
     )
     sections.append(Plot("kept", caption, partial(_draw, results, measured), (11.0, 5.0)))
     claims = [
-        Claim(f"{a} - {b}, mean over the regimes, {words}", over_regimes(measured, m, a, b), headline=m != "slow")
+        Claim(f"{a} - {b}, mean over the regimes, {words}", over_regimes(measured, m, a, b), headline=m == "best")
         for m, words in MEASURES.items()
         for a, b in PAIRS
     ]
@@ -169,20 +169,26 @@ def _noise_of_s(results: Results, measured: MeasuredScores) -> Table:
 def _draw(results: Results, measured: MeasuredScores, figure: Figure) -> None:
     left, right = figure.subplots(1, 2)
     names = list(METHODS)
-    for i, method in enumerate(names):
+    shown = ("GRPO", "PCR", "PCR, S expected", "boost on other responses' S", "the boost's shift alone",
+             "the boost less its shift")  # fmt: skip
+    for method in shown:
         points = np.asarray([kept(results, regime, method) for regime in measured])
-        left.scatter(points[:, 1], points[:, 0], s=14, label=method, color=f"C{i % 10}", marker="o^"[i >= 10])
-        if method != "GRPO":
-            gain = over_regimes(measured, "best", method, "GRPO").times(100)
-            right.plot([gain.low, gain.high], [-i, -i], color=f"C{i % 10}")
-            right.plot(gain.mean, -i, marker="o^"[i >= 10], color=f"C{i % 10}")
-    left.plot([0.3, 1.1], [0.3, 1.1], color="0.7", linewidth=0.8)
+        left.scatter(points[:, 1], points[:, 0], s=18, label=method, color=_colour(method, shown))
+    left.axline((0.8, 0.8), slope=1, color="0.7", linewidth=0.8)
     left.set_xlabel("left of P's mean")
     left.set_ylabel("left of P's noise")
-    left.legend(fontsize=6)
+    left.legend(fontsize=7)
+    for i, method in enumerate(names[1:]):
+        gain = over_regimes(measured, "best", method, "GRPO").times(100)
+        right.plot([gain.low, gain.high], [-i, -i], color=_colour(method, shown))
+        right.plot(gain.mean, -i, "o", markersize=4, color=_colour(method, shown))
     right.axvline(0, color="0.7", linewidth=0.8)
-    right.set_yticks([-i for i in range(1, len(names))], names[1:], fontsize=7)
+    right.set_yticks([-i for i in range(len(names) - 1)], names[1:], fontsize=7)
     right.set_xlabel("score less GRPO's, units of 0.01")
+
+
+def _colour(method: str, shown: Sequence[str]) -> str:
+    return f"C{shown.index(method)}" if method in shown else "0.4"
 
 
 EXPERIMENT = Experiment(

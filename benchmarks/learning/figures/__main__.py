@@ -1,4 +1,4 @@
-"""The command python -m benchmarks.learning.figures: every figure of docs/figures.md."""
+"""The command python -m benchmarks.learning.figures: every figure of docs/figures.md and docs/why.md."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.learning.experiment import RESULTS
+from benchmarks.learning.experiment import RESULTS, load
 from benchmarks.learning.experiments import tiny
 from benchmarks.learning.figures import blocks, smollm2, sweeps
-from benchmarks.learning.report import read_results
+from benchmarks.learning.report import Plot, read_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,15 @@ def _drawings() -> dict[str, tuple[tuple[float, float], Callable[[Any], None]]]:
         "learning_rates": ((9, 4), partial(sweeps.learning_rates, **selected)),
         "alpha_density": ((9, 4), partial(blocks.alpha_density, steps=steps)),
         "update_cosine": ((8, 4), partial(blocks.update_cosines, steps=steps)),
+        "why": _of_report("why", "kept"),
+        "edges": _of_report("robustness", "edges"),
     }
+
+
+def _of_report(experiment: str, plot: str) -> tuple[tuple[float, float], Callable[[Any], None]]:
+    report = load(experiment).report(read_results(load(experiment), RESULTS / experiment))
+    (found,) = (section for section in report.sections if isinstance(section, Plot) and section.name == plot)
+    return found.size, found.draw
 
 
 if __name__ == "__main__":
