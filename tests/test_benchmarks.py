@@ -71,6 +71,11 @@ def check(out: Path, printed: str, ways: int) -> None:
     assert "| way | seconds |" in printed
 
 
+def test_host_time_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here(monkeypatch, "host_time.py", "--rounds", "1")
+    assert "| PCR with noise |" in capsys.readouterr().out
+
+
 def test_shared_noise_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run_here(monkeypatch, "shared_noise.py", "--policies", "2", "--draws", "1000")
     assert capsys.readouterr().out.count("(") == 12

@@ -35,7 +35,7 @@ class Recorder:
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], workspace: int = WORKSPACE) -> None:
         self._parameters = parameters
         self._workspace = workspace
-        self._index = {name: k for k, name in enumerate(parameters)}
+        self._found: dict[str, tuple[Tensor, Tensor]] = {}  # inner products of this pull, by block parameter
         self._pass: Pass | Literal["off", "other"] = "off"
         self._single: int | None = None  # which stream has a pass of its own
         self._strata: Sequence[Sequence[int]] = ()
@@ -132,13 +132,7 @@ class Recorder:
         Streams' gradients of block parameters are added to `totals` where they arise, those of others to their .grad.
         Block parameters that are `skipped` count among the others, and their inner products are 0.
         """
-        pairs = PAIRS[len(cotangents)]
-        dtype = wide_dtype(logp.device)
-        shape = (len(pairs), logp.shape[0], len(self._index))
-        self._pulled = Pulled(
-            torch.zeros(shape, dtype=dtype, device=logp.device),
-            torch.zeros((len(pairs), len(strata), len(self._index)), dtype=dtype, device=logp.device),
-        )
+        self._responses, self._found = logp.shape[0], {}
         self._strata, self._totals, self._skipped = strata, totals, frozenset(skipped)
         before = {name: _version(p.grad) for name, p in self._parameters.items() if name not in self._skipped}
         try:
@@ -146,7 +140,7 @@ class Recorder:
             if self._kept:
                 raise RuntimeError(f"the two backward passes saw different layers: {sorted(self._kept)}")
             self._refuse_bypass(before)
-            return self._pulled
+            return self._pulled(len(PAIRS[len(cotangents)]), logp.device)
         finally:
             self._pass = "off"
             self._kept.clear()
@@ -154,7 +148,17 @@ class Recorder:
             self._single, self._skipped = None, ()
             self._layouts.clear()
             self._arrangements.clear()
-            del self._pulled, self._totals
+            self._found = {}
+            del self._totals
+
+    def _pulled(self, pairs: int, device: torch.device) -> Pulled:
+        """Of all parameters, in their order; 0 of those that were not measured, or not used."""
+        dtype = wide_dtype(device)
+        rows = self._responses, len(self._strata)
+        none = tuple(torch.zeros((pairs, count), dtype=dtype, device=device) for count in rows)
+        each = [self._found.get(name, none) for name in self._parameters]
+        response, stratum = (torch.stack([x.to(dtype) for x in of], dim=-1) for of in zip(*each, strict=True))
+        return Pulled(response, stratum)
 
     def _through(self, logp: Tensor, cotangents: Sequence[Tensor]) -> None:
         """The streams' backward passes: segment by segment where the graph can be divided."""
@@ -220,7 +224,7 @@ class Recorder:
         self._seen.add((self._pass, path))
         if again:
             raise ValueError(f"{path} is used twice in one forward pass; use PCR(..., norms='loop')")
-        n = self._pulled.response.shape[1]
+        n = self._responses
         if path not in self._owners and (x is None or x.ndim != 3 or x.shape[0] != n):
             raise ValueError(
                 f"{path} got input of shape {tuple(x.shape) if x is not None else ()}; the fast path expects ({n}, "
@@ -231,7 +235,7 @@ class Recorder:
         """(n, tokens, features) of inputs and output gradients."""
         if path not in self._owners:
             return x, dys
-        owners, n, lead = self._owners[path], self._pulled.response.shape[1], x.shape[:-1]
+        owners, n, lead = self._owners[path], self._responses, x.shape[:-1]
         key = (id(owners), lead)
         if key not in self._arrangements:
             self._arrangements[key] = arrangement(owners, n, tuple(lead))
@@ -248,8 +252,7 @@ class Recorder:
             parameter = self._parameters[name]
             products = self._tiled if on_cpu else self._fused
             found = products(path, attribute, x, dys, transposed)
-            self._pulled.response[:, :, self._index[name]] = found.response
-            self._pulled.stratum[:, :, self._index[name]] = found.stratum
+            self._found[name] = found.response, found.stratum
             for total, part in zip(self._totals, found.totals, strict=True):
                 add_total(total, name, reduce_scatter(part.to(total_dtype(parameter)), parameter))
 
@@ -268,7 +271,7 @@ class Recorder:
         owners, lead = self._owners.get(path), x.shape[:-1]
         key = (id(owners), lead)
         if key not in self._layouts:
-            n = self._pulled.response.shape[1]
+            n = self._responses
             rows = np.arange(n) if owners is None else owners
             self._layouts[key] = Layout.owned(spread(rows, tuple(lead)), n, self._strata, x.device)
         if attribute == "bias":
