@@ -42,7 +42,8 @@ def survey(output: Tensor) -> Survey:
     start = cast(Node, output.grad_fn)
     follow = Follow(output.shape[0])
     known: dict[Node, dict[int, Owners | str | None]] = {start: {output.output_nr: follow.responses}}  # by output
-    for node, inputs in _from_output(start):
+    order, leaves = _from_output(start)
+    for node, inputs in order:
         mine = known.pop(node, {})
         probed = is_probe(node)
         if probed:
@@ -56,7 +57,7 @@ def survey(output: Tensor) -> Survey:
         for (after, k), owners in zip(inputs, follow.below(node, inputs, mine), strict=True):
             if after is None:
                 continue
-            if is_leaf(after):
+            if after in leaves:
                 if not probed:
                     found.bypassed.add(id(cast(Any, after).variable))
             else:
@@ -91,17 +92,21 @@ def by_response(tensor: Tensor, n: int, where: tuple[Tensor, Tensor] | None) -> 
     return flat[at].masked_fill(absent, 0)
 
 
-def _from_output(start: Node) -> list[tuple[Node, Inputs]]:
-    """Every node after all that use its output, with its inputs."""
+def _from_output(start: Node) -> tuple[list[tuple[Node, Inputs]], set[Node]]:
+    """Every node after all that use its output, with its inputs; and the leaves' nodes, which are not among them."""
     order: list[tuple[Node, Inputs]] = []
-    seen = {start}
+    seen, leaves = {start}, set[Node]()
     stack: list[tuple[Node, Inputs, Iterator[tuple[Any, int]]]] = []
     node = start
     inputs: Inputs = node.next_functions
     edges = iter(inputs)
     while True:
         for after, _ in edges:
-            if after is not None and after not in seen and not is_leaf(after):
+            if after is None or after in seen or after in leaves:
+                continue
+            if is_leaf(after):
+                leaves.add(after)
+            else:
                 seen.add(after)
                 stack.append((node, inputs, edges))
                 node, inputs = after, after.next_functions
@@ -110,5 +115,5 @@ def _from_output(start: Node) -> list[tuple[Node, Inputs]]:
         else:
             order.append((node, inputs))
             if not stack:
-                return order[::-1]
+                return order[::-1], leaves
             node, inputs, edges = stack.pop()

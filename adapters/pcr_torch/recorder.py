@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -198,14 +199,14 @@ class Recorder:
         path: str = node.path
         transposed = path in self._transposed
         held = {} if self._pass == "off" else self._members[path]
-        members = {at: name for at, name in held.items() if name not in self._skipped}
+        members = {at: name for at, name in held.items() if name not in self._skipped} if self._skipped else held
         if members:
             self._refuse_unmeasurable(path, x)
             if self._pass == "single":
                 self._kept[path] = dy
             else:
                 assert x is not None
-                with torch.no_grad():
+                with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                     self._measure(path, members, x, self._streams(path, dy), transposed)
         left = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want and name not in members]
         dx = _input_gradient(dy, weight, transposed) if wanted[0] else None

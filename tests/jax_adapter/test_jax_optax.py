@@ -86,24 +86,6 @@ def rollouts(seed: int) -> Rollouts:
     return Rollouts(rng.random((4, 2, 3), dtype="float32"), old, old - 0.5, advantages, np.ones((4, 2), dtype=bool))
 
 
-def test_multi_steps_in_a_train_step_averages_resolved_updates() -> None:
-    """Each of its own batch's statistics, so it is allowed; it is not the update of the larger batch."""
-    params = {"w": jnp.eye(3)}
-    options: dict[str, Any] = {"group_size": 2, "beta": 0.1, "blocks": "all"}
-
-    def run(optimizer: Any, seeds: list[int]) -> Any:
-        step, state = make_train_step(logp_fn, optimizer, **options), init_state(params, optimizer)
-        for seed in seeds:
-            state, _ = step(state, rollouts(seed))
-        return state.params["w"]
-
-    accumulating = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=2)
-    assert_trees_equal(run(accumulating, [0]), params["w"])
-    mean = (run(optax.sgd(1.0), [0]) + run(optax.sgd(1.0), [1])) / 2
-    assert float(jnp.abs(mean - params["w"]).max()) > 0.01
-    assert_trees_equal(run(accumulating, [0, 1]), mean)
-
-
 def test_inside_a_train_step_it_says_that_it_is_not_needed() -> None:
     optimizer = optax.chain(resolving(blocks="all"), optax.sgd(1.0))
     step = make_train_step(logp_fn, optimizer, group_size=2, beta=0.1, blocks="all")
