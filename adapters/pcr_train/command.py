@@ -131,6 +131,10 @@ def run(
         float | None, typer.Option(help="Coefficient of a mixture of experts' load-balancing loss. [0]")
     ] = None,
     beta: Annotated[float | None, typer.Option(help="KL coefficient, > 0. [0.04]")] = None,
+    kl: Annotated[
+        str | None,
+        typer.Option(help="Estimator of the KL divergence: k3, or k3_ratio. [torch k3_ratio, as TRL; jax k3]"),
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Of Adam, constant. [4e-6; tiny 3e-4]")
     ] = None,
@@ -180,6 +184,7 @@ def run(
         "baseline": baseline,
         "router_loss": router_loss,
         "beta": beta,
+        "kl": kl,
         "learning_rate": learning_rate,
         "steps": steps,
         "prompts": prompts,

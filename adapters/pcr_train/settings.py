@@ -16,6 +16,7 @@ EXTENDABLE = ("steps", "save_every")
 FRAMEWORKS = ("torch", "jax")
 NORMS = ("auto", "fast", "loop")
 PRECISIONS = ("float32", "bfloat16")
+KL_ESTIMATORS = ("k3", "k3_ratio")
 
 RULE_OPTIONS = ("alpha", "max_boost", "prior", "discount", "update", "gate", "conflict")
 
@@ -40,6 +41,8 @@ class Settings:
             None for GRPO's own advantages.
         router_loss: coefficient of the load-balancing loss of a mixture of experts; 0 leaves it out.
         beta: coefficient of the KL divergence to the starting model; > 0.
+        kl: estimator of that divergence: "k3", or "k3_ratio", k3 times the ratio (`pcr_core.grpo_objective`); None for
+            the framework's own, which is TRL's default "k3_ratio" in torch and "k3" in jax.
         learning_rate: of Adam, constant.
         steps: optimizer steps.
         prompts: problems a step.
@@ -76,6 +79,7 @@ class Settings:
     baseline: float | None = None
     router_loss: float = 0.0
     beta: float = 0.04
+    kl: str | None = None
     learning_rate: float = 4e-6
     steps: int = 12
     prompts: int = 4
@@ -127,6 +131,8 @@ class Settings:
                 f"--beta: expected a number > 0, got {self.beta}: without a KL term there is no stability gradient, so "
                 "nothing for a rule to resolve. For plain GRPO without KL use trl.GRPOTrainer"
             )
+        if self.kl not in (None, *KL_ESTIMATORS):
+            raise ValueError(f"--kl: expected one of {', '.join(KL_ESTIMATORS)}, got {self.kl!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.generations < 2:

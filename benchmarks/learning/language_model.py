@@ -34,6 +34,7 @@ RULES: dict[str, Options] = {
     "PCR, snr, capped": {"rule": "pcr", "alpha": "snr"},
 }
 BASELINE = "GRPO"
+SHIFT = ("baseline", "baseline_reduction")
 
 PEERS: dict[str, Options] = {
     f"{name} (TorchJD)": {"rule": f"benchmarks.learning.peers:{name}"}
@@ -59,6 +60,7 @@ class ModelSuite:
         grid: of learning rate and beta.
         cross: of the grid only the cells with the middle learning rate or the middle beta.
         variants: further runs of confirmation.
+        pairs: what claims compare; by default every rule with GRPO.
     """
 
     settings: Callable[[int], Settings]
@@ -66,6 +68,7 @@ class ModelSuite:
     grid: Grid
     cross: bool = False
     variants: Mapping[str, Variant] = field(default_factory=dict)
+    pairs: Sequence[tuple[str, str]] = ()
 
     @property
     def middle(self) -> tuple[float, float]:
@@ -130,7 +133,9 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     if not outcome.after.retention:
         raise ValueError(f"the starting model solves no problem of {outcome.retention_task}: retention means nothing")
     rows = read_metrics(outcome.metrics)
-    boosts = [b - 1 for row in rows for b in row["blocks"]["b"] if b is not None]
+    boosts = np.asarray([b - 1 for row in rows for b in row["blocks"]["b"] if b is not None])
+    cap = getattr(settings.make_rule(), "max_boost", None)
+    shifts = {name: [row[f"pcr/{name}"] for row in rows if f"pcr/{name}" in row] for name in SHIFT}
     before, after, meter = outcome.before, outcome.after, outcome.meter
     return {
         "target_before": float(np.mean(before.reward)),
@@ -146,6 +151,9 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         "conflict_debiased": meter.debiased,
         "noise_share": None if np.isnan(meter.noise_share) else meter.noise_share,
         "boost": float(np.median(boosts)),
+        "boosted": float(np.mean(boosts > 0)),
+        "capped": 0.0 if cap is None else float(np.mean(boosts > 0.9999 * cap)),
+        **{name: float(np.mean(values)) for name, values in shifts.items() if values},
         "processor_seconds": seconds,
         "reward": [round(row["reward"], 4) for row in rows],
         "kl": [row["kl"] and round(row["kl"], 6) for row in rows],

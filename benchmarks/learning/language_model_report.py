@@ -31,10 +31,10 @@ def report(suite: ModelSuite, results: Results) -> Report:
     if results.confirmation:
         sections.append(_confirmation(suite, results))
     claims = []
-    for rule in suite.rules:
-        if rule != BASELINE and (interval := _against_baseline(results.confirmation, rule)) is not None:
-            statement = f"{rule} - {BASELINE}, score, each at its own learning rate and beta"
-            claims.append(Claim(statement, interval, headline=rule in RULES, spec="+.3f"))
+    for rule, other in suite.pairs or [(rule, BASELINE) for rule in suite.rules if rule != BASELINE]:
+        if (interval := _paired(results.confirmation, rule, other)) is not None:
+            statement = f"{rule} - {other}, score, each at its own learning rate and beta"
+            claims.append(Claim(statement, interval, headline=bool(suite.pairs) or rule in RULES, spec="+.3f"))
     return Report(sections, claims)
 
 
@@ -60,7 +60,7 @@ def _confirmation(suite: ModelSuite, results: Results) -> Table:
         if not runs:
             continue
         at = runs[0].settings
-        interval = None if name == BASELINE else _against_baseline(results.confirmation, name)
+        interval = None if name == BASELINE else _paired(results.confirmation, name, BASELINE)
         shares = [row.values["noise_share"] for row in runs if row.values["noise_share"] is not None]
         rows.append(
             [
@@ -87,16 +87,16 @@ def _confirmation(suite: ModelSuite, results: Results) -> Table:
     return Table("Confirmation", columns, rows, note)
 
 
-def _against_baseline(rows: list[Row] | tuple[Row, ...], rule: str) -> Interval | None:
+def _paired(rows: list[Row] | tuple[Row, ...], rule: str, other: str) -> Interval | None:
     """None with fewer than two seeds that have both."""
     scores = {
         name: {row.settings["seed"]: score(row) for row in rows if row.settings["rule"] == name}
-        for name in (rule, BASELINE)
+        for name in (rule, other)
     }
-    seeds = sorted(scores[rule].keys() & scores[BASELINE].keys())
+    seeds = sorted(scores[rule].keys() & scores[other].keys())
     if len(seeds) < 2:
         return None
-    return paired_interval([scores[rule][s] for s in seeds], [scores[BASELINE][s] for s in seeds])
+    return paired_interval([scores[rule][s] for s in seeds], [scores[other][s] for s in seeds])
 
 
 def _mean(rows: list[Row], key: str) -> float:

@@ -63,6 +63,7 @@ class Loop:
             optimizer,
             group_size=settings.generations,
             beta=settings.beta,
+            kl=settings.kl or "k3",  # type: ignore[arg-type]
             rule=rule,
             blocks=blocks,
             normalization="dapo",

@@ -60,6 +60,7 @@ def make_trainer(
 def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:
     parts = 1 if settings.micro_prompts is None else settings.prompts // settings.micro_prompts
     rule = {name: getattr(settings, name) for name in RULE_OPTIONS if getattr(settings, name) is not None}
+    kl = {} if settings.kl is None else {"use_bias_correction_kl": settings.kl == "k3_ratio"}
     return PCRConfig(
         output_dir=str(folder),
         rule=settings.rule,
@@ -71,6 +72,7 @@ def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:
         baseline=settings.baseline,
         router_aux_loss_coef=settings.router_loss,  # not the model's own, by default: it takes a backward pass more
         beta=settings.beta,
+        **kl,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
         adam_beta2=0.99,

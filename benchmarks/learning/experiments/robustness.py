@@ -16,7 +16,6 @@ from benchmarks.learning.experiments.tiny import settings
 from benchmarks.learning.language_model import Options, measure, score
 from benchmarks.learning.paired import paired_interval
 from benchmarks.learning.report import Claim, Plot, Report, Table
-from pcr_train.progress import read_metrics
 from pcr_train.settings import Settings
 
 if TYPE_CHECKING:
@@ -67,11 +66,7 @@ def _job(seed: int, arm: str, rate: float) -> Job:
 
 def _run(seed: int, changes: Options, folder: Path) -> dict[str, Any]:
     found = measure(Settings(**{**settings(seed).__dict__, **changes}), folder / "run")
-    boosts = [
-        b - 1 for row in read_metrics(folder / "run" / "metrics.jsonl") for b in row["blocks"]["b"] if b is not None
-    ]
-    shares = {"boosted": float(np.mean(np.asarray(boosts) > 0)), "capped": float(np.mean(np.asarray(boosts) > 9.999))}
-    return {name: _finite(value) for name, value in {**found, **shares}.items() if name != "grad_norm"}
+    return {name: _finite(value) for name, value in found.items() if name != "grad_norm"}
 
 
 def _finite(value: Any) -> Any:
