@@ -20,13 +20,13 @@ from torch.distributed.tensor import DTensor
 
 from pcr_torch import kernels
 from pcr_torch.distributed import kept_whole, local, reduce_scatter, sharded_modules
+from pcr_torch.graph.owner_arrays import Owners, spread
+from pcr_torch.graph.owners import arrangement, by_response, survey
+from pcr_torch.graph.segments import segments
 from pcr_torch.kernels import WORKSPACE, Layout
-from pcr_torch.owner_rules import Owners, spread
-from pcr_torch.owners import arrangement, by_response, survey
 from pcr_torch.probe import install, layout, remove
 from pcr_torch.products import Products, bias_products, in_range, matrix_gradient, weight_products
 from pcr_torch.pullback import PAIRS, Pulled, Total, add_total, total_dtype, wide_dtype
-from pcr_torch.segments import segments
 from pcr_torch.totals import Pass, larger, sum_and_single
 
 

@@ -26,9 +26,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pcr_torch.distributed import kept_whole, local
+from pcr_torch.graph.rows import row_shares, share_of
+from pcr_torch.graph.segments import Segment, back, back_for, segments
 from pcr_torch.pullback import Total, add_total, total_dtype
-from pcr_torch.rows import row_shares, share_of
-from pcr_torch.segments import Segment, back, back_for, segments
 
 Pass: TypeAlias = Literal["single", "sum"]
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from row_moves import STEPS, Chain
 from torch import Tensor
 
-from pcr_torch.owner_moves import moved
-from pcr_torch.owner_rules import NOBODY, spread
-from pcr_torch.owners import arrangement, survey
+from pcr_torch.graph.owner_arrays import NOBODY, spread
+from pcr_torch.graph.owner_moves import moved
+from pcr_torch.graph.owners import arrangement, survey
 
 
 def claimed(chain: Chain) -> set[str]:

@@ -14,8 +14,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import pcr_core
 from pcr_torch import PCR
-from pcr_torch.owner_rules import NOBODY
-from pcr_torch.owners import survey
+from pcr_torch.graph.owner_arrays import NOBODY
+from pcr_torch.graph.owners import survey
 
 PICTURE = 30
 

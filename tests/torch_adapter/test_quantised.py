@@ -68,7 +68,7 @@ def test_adapters_are_trained_as_over_the_dequantised_weights(
     options: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
     lora = LoraConfig(r=2, target_modules=["up_proj", "down_proj", "q_proj"])
     settings: dict[str, Any] = {"peft_config": lora, "optim": "sgd", "learning_rate": 2.0, "max_grad_norm": 0.0}
 

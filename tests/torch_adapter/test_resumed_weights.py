@@ -23,8 +23,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from pcr_torch import checkpoints, weights
-from pcr_torch.trl import PCRConfig, PCRTrainer
+from pcr_torch import checkpoint_files
+from pcr_torch.trl import PCRConfig, PCRTrainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 _SMALL = {
@@ -199,10 +199,10 @@ def test_damaged_files_are_named(
     shutil.copytree(saved_once, checkpoint)
     if not sealed:  # as on the hub
         (checkpoint / "checksums.json").unlink()
-    assert checkpoints.damaged(checkpoint) is None
+    assert checkpoint_files.damaged(checkpoint) is None
     file = checkpoint / name
     file.write_bytes(damage(file.read_bytes()))
-    assert checkpoints.damaged(checkpoint) == file
+    assert checkpoint_files.damaged(checkpoint) == file
     with pytest.raises(ValueError, match=rf"({name} is damaged|not written to its end).*earlier checkpoint"):
         train(PCRTrainer, PCRConfig, folder, tmp_path / "rest", resume=str(checkpoint), max_steps=2)
     assert file.exists()

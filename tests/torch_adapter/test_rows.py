@@ -26,9 +26,9 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+from pcr_torch.graph.order import in_order
+from pcr_torch.graph.rows import Rows
 from pcr_torch.probe import install, is_probe, layout, remove
-from pcr_torch.rows import Rows
-from pcr_torch.segments import in_order
 
 SMALL = {
     "vocab_size": 31,

@@ -23,7 +23,7 @@ from test_pullback import (
 from torch import Tensor, nn
 
 from pcr_torch import PCR
-from pcr_torch.segments import segments
+from pcr_torch.graph.segments import segments
 
 
 def ids(model: nn.Module, pattern: str) -> set[int]:

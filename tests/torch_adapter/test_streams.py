@@ -12,8 +12,8 @@ from test_pullback import assert_fast_equals_loop, assert_statistics_close, asse
 from torch import Tensor, nn
 
 from pcr_torch import PCR
-from pcr_torch.rows import row_shares
-from pcr_torch.segments import segments
+from pcr_torch.graph.rows import row_shares
+from pcr_torch.graph.segments import segments
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pcr_core
 from pcr_torch import PCR
-from pcr_torch.segments import segments
+from pcr_torch.graph.segments import segments
 from pcr_torch.totals import part, pull_totals
 
 RULE = pcr_core.PCR(alpha=0.7)

@@ -20,8 +20,9 @@ from trl import GRPOConfig, GRPOTrainer
 import pcr_core
 from pcr_torch import PCR
 from pcr_torch.distributed import local
-from pcr_torch.separability import refuse_config, refuse_trainer
-from pcr_torch.trl import PCRConfig, PCRTrainer, shuffle_groups
+from pcr_torch.trl import PCRConfig, PCRTrainer
+from pcr_torch.trl.groups import shuffle_groups
+from pcr_torch.trl.separability import refuse_config, refuse_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GROUP = 4
@@ -150,7 +151,7 @@ def test_other_losses_of_trl_separate_too(
     loss_type: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
     options = {"loss_type": loss_type, "max_steps": 1, "reference_noise": 0.3}
     if loss_type == "cispo":
         options["epsilon_high"] = 5.0
@@ -166,7 +167,7 @@ def test_several_iterations_and_the_loop_agree_with_stock(
 ) -> None:
     """Off-policy steps (num_iterations 2): ratios differ from 1 and old log-probabilities are carried along."""
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
     options = {"num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2}
     _, expected = train(GRPOTrainer, GRPOConfig, folder, tmp_path, **options)
     for norms in ("fast", "loop"):
@@ -180,7 +181,7 @@ def test_importance_sampling_ratios_reach_the_loss(
 ) -> None:
     """As an engine for generation gives them; vespo reads them without one."""
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
     options = {"loss_type": "vespo", "max_steps": 1, "reference_noise": 0.3}
     _, plain = train(GRPOTrainer, GRPOConfig, folder, tmp_path, **options)
     generate = GRPOTrainer._generate_and_score_completions

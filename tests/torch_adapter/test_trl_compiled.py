@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A compiler and an accelerator that know of nothing before; the same microbatches in both trainers."""
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
     states = AcceleratorState, PartialState, GradientState
     for state in states:
         state._reset_state()

@@ -16,7 +16,7 @@ from trl import TrlParser
 import pcr_core
 import pcr_torch
 import pcr_torch.trl
-from pcr_torch.trl_config import PCRConfig
+from pcr_torch.trl.config import PCRConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FIXED = {"output_dir": "unused", "report_to": "none", "bf16": False, "use_cpu": True}

@@ -13,8 +13,8 @@ from pages import DOCS, run
 from test_trl import reward, save_model
 from trl import GRPOConfig
 
-from pcr_torch.separability import SEPARABLE_LOSSES
 from pcr_torch.trl import PCRConfig, PCRTrainer
+from pcr_torch.trl.separability import SEPARABLE_LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAGE = DOCS / "trl.md"

@@ -26,7 +26,7 @@ REUSED = {
 @pytest.fixture(autouse=True)
 def _same_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
 
 
 def both(folder: Path, out: Path, *, options: dict[str, Any] | None = None, **methods: Any) -> tuple[Any, Any, float]:

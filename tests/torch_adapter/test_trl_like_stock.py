@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from pcr_torch.trl import PCRConfig, PCRTrainer, shuffle_groups
+from pcr_torch.trl import PCRConfig, PCRTrainer
+from pcr_torch.trl.groups import shuffle_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -26,7 +26,7 @@ ONE_STEP: dict[str, Any] = {"max_steps": 1, "reference_noise": 0.3}
 @pytest.fixture(autouse=True)
 def _same_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
 
 
 def trainer_of(model: nn.Module, folder: Path, out: Path, **options: Any) -> Any:

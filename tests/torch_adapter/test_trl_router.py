@@ -23,7 +23,7 @@ ATTENTION = r"self_attn\.o_proj"  # in plain linear layers, which probes can mea
 def _mixtures_in_the_same_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("test_trl.LlamaForCausalLM", MixtralForCausalLM)
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
 
 
 @pytest.fixture(scope="module")

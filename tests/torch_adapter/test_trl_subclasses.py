@@ -14,9 +14,9 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from pcr_torch.method import PCR
-from pcr_torch.separability import SEPARABLE_LOSSES
-from pcr_torch.shared_forward import SharedForward
 from pcr_torch.trl import PCRConfig, PCRTrainer
+from pcr_torch.trl.separability import SEPARABLE_LOSSES
+from pcr_torch.trl.shared_forward import SharedForward
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ONE_STEP = {"max_steps": 1, "reference_noise": 0.3}
@@ -25,7 +25,7 @@ ONE_STEP = {"max_steps": 1, "reference_noise": 0.3}
 @pytest.fixture(autouse=True)
 def _same_micro_batches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
 
 
 def derived(base: Any, **methods: Any) -> Any:

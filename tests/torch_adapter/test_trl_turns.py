@@ -15,8 +15,8 @@ from test_trl import relative_error, train
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from pcr_torch.carried_state import state_of
 from pcr_torch.trl import PCRConfig, PCRTrainer
+from pcr_torch.trl.carried_state import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SGD: dict[str, Any] = {"reference_noise": 0.3, "optim": "sgd", "learning_rate": 0.05, "max_steps": 3}
@@ -27,7 +27,7 @@ TURNS = [["layers.0.", "layers.1."], ["layers.1."], ["layers.0."], ["layers.0.",
 @pytest.fixture(autouse=True)
 def _same_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.shuffle_groups", lambda batch, ids: batch)
+    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
 
 
 class Stages(TrainerCallback):

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from pcr_torch.blocks import describe_blocks
-from pcr_torch.checkpoints import damaged, is_complete
+from pcr_torch.checkpoint_files import damaged, is_complete
 from pcr_torch.train import models
 from pcr_torch.train.answers import measuring, respond, text_nll
 from pcr_torch.train.scoring import completions_only

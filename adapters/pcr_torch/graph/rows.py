@@ -13,32 +13,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from pcr_torch.graph.nodes import (
+    ELEMENTWISE,
+    NORMALISING,
+    RESHAPING,
+    ROW_FUNCTIONS,
+    Shape,
+    dims_of,
+    is_leaf,
+    kind_of,
+    shape_of,
+    signed,
+)
 from pcr_torch.probe import is_probe
 
 # fmt: off
-ELEMENTWISE = {
-    "Abs", "Add", "Alias", "Clamp", "ClampMax", "ClampMin", "Clone", "Div", "Elu", "Erf", "Exp", "Exp2", "Expm1",
-    "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Log", "Log1P", "MaskedFill", "Maximum", "Minimum",
-    "Mish", "Mul", "NativeDropout", "Neg", "Pow", "Reciprocal", "Relu", "Rsqrt", "Rsub", "Sigmoid", "Silu",
-    "Softplus", "Sqrt", "Sub", "Tanh", "ToCopy", "Where",
-}
 _ALONG = {  # the dimensions that they save
     "Amax", "Cat", "Gather", "LogSoftmax", "Logsumexp", "Mean", "Slice", "Softmax", "Split", "Sum",
 }
 # fmt: on
-RESHAPING = {"ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"}
-NORMALISING = {"NativeLayerNorm", "FusedRmsNorm"}
 _LINEAR = {"Addmm": 1, "Linear": 0, "Mm": 0}  # which of their inputs has rows
-ROW_FUNCTIONS = {("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")}
 
-Shape = tuple[int, ...]
 Below = Sequence[Tensor | None]
 
 
@@ -179,21 +180,6 @@ class Rows:
         return torch.full(tuple(shape), self._none, device=self._device)
 
 
-def kind_of(node: Node) -> str:
-    """The operation's name: "Mul" of MulBackward0."""
-    return _kind(node.name())
-
-
-@cache
-def _kind(name: str) -> str:
-    return name.rstrip("0123456789").removesuffix("Backward")
-
-
-def is_leaf(node: Any) -> bool:
-    """Whether a node accumulates a tensor's gradient; functions written in Python may have any attributes."""
-    return hasattr(node, "variable") and not hasattr(node, "_forward_cls")
-
-
 def row_shares(cotangents: Sequence[Tensor]) -> Tensor | None:
     """(streams, n * T + 1) each stream's share of the sum's rows, by what `Rows` calls them.
 
@@ -223,22 +209,5 @@ def _through_matrix(rows: Tensor, shapes: Sequence[Shape | None], k: int) -> Bel
     return [rows if j == k else None for j in range(len(shapes))]
 
 
-def shape_of(node: Any, index: int) -> Shape:
-    """Of a gradient that comes to a node."""
-    return tuple(node._input_metadata[index].shape)
-
-
 def _starts(shape: Shape | None, lead: Sequence[int]) -> bool:
     return shape is None or shape[: len(lead)] == tuple(lead)
-
-
-def signed(number: Any) -> Any:
-    """Of what is shown as unsigned, if it is there."""
-    return number - (1 << 64) if number is not None and number >= 1 << 63 else number
-
-
-def dims_of(node: Any, count: int) -> list[int]:
-    saved = getattr(node, "_saved_dim", None)
-    if saved is None or saved == ():
-        return list(range(count))
-    return [signed(dim) % count for dim in (saved if isinstance(saved, tuple) else (saved,))]

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from pcr_torch.owner_rules import NOBODY, Follow, Inputs, Owners, joined, spread
+from pcr_torch.graph.nodes import is_leaf, shape_of
+from pcr_torch.graph.owner_arrays import NOBODY, Owners, joined, spread
+from pcr_torch.graph.owner_rules import Follow, Inputs
 from pcr_torch.probe import is_probe
-from pcr_torch.rows import is_leaf, shape_of
 
 
 @dataclass(frozen=True)

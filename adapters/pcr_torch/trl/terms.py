@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from pcr_torch.rows import is_leaf
+from pcr_torch.graph.nodes import is_leaf
 
 _PRODUCTS = ("MulBackward0", "DivBackward0", "MmBackward0", "BmmBackward0", "MvBackward0", "DotBackward0")
 
