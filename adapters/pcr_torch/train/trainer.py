@@ -60,7 +60,7 @@ def make_trainer(
 def _config(settings: Settings, folder: Path, max_tokens: int) -> PCRConfig:
     parts = 1 if settings.micro_prompts is None else settings.prompts // settings.micro_prompts
     rule = {name: getattr(settings, name) for name in RULE_OPTIONS if getattr(settings, name) is not None}
-    kl = {} if settings.kl is None else {"use_bias_correction_kl": settings.kl == "k3_ratio"}
+    kl: dict[str, Any] = {} if settings.kl is None else {"use_bias_correction_kl": settings.kl == "k3_ratio"}
     return PCRConfig(
         output_dir=str(folder),
         rule=settings.rule,
