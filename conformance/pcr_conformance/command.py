@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -16,15 +15,15 @@ except ImportError as missing:
         f"pcr-conformance needs typer and rich ({missing}); install with: pip install 'pcr-grpo[conformance]'"
     ) from None
 
-from pcr_conformance import report
 from pcr_conformance.compare.command import compare_command
 from pcr_conformance.libraries import load
 from pcr_conformance.mutants import MUTANTS, attack
+from pcr_conformance.output import show
 from pcr_conformance.registry import LAWS
+from pcr_conformance.trainers.command import trainers_command
 from pcr_conformance.verdict import Verdict, check_matched, judge, read_xfails
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-_STYLES = {"passed": "green", "failed": "bold red", "xpassed": "bold red"}
 
 
 @app.callback()
@@ -63,26 +62,7 @@ def run(
                 progress.update(task, description=f"{one.name}: {law.name}")
                 verdicts.append(judge(law, one, examples, seed, known))
                 progress.advance(task)
-    table = Table(
-        "adapter", "library", "device, mode", "law", "level", "dtype", "worst error / bound", "examples", "verdict"
-    )
-    for row in report.rows(verdicts):
-        table.add_row(*row, style=_STYLES.get(row[-1], "dim" if row[-1] in ("skipped", "xfailed") else ""))
-    console.print(table)
-    for v in verdicts:
-        if v.bad:
-            console.print(f"\n{v.law} on {v.adapter}\n{v.message}", markup=False, highlight=False)
-    day = datetime.date.today()
-    texts = (
-        (junit, report.as_junit(verdicts)),
-        (json, report.as_json(verdicts, day, seed)),
-        (html, report.as_html(verdicts, day)),
-    )
-    for path, text in texts:
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    console.print(report.badge(verdicts, day), markup=False, highlight=False, soft_wrap=True)
+    show(console, verdicts, seed, junit, json, html)
     if any(v.bad for v in verdicts):
         raise typer.Exit(1)
 
@@ -107,6 +87,7 @@ def mutants(
 
 
 app.command("compare")(compare_command)
+app.command("trainers")(trainers_command)
 
 
 def main() -> None:

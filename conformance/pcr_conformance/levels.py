@@ -7,4 +7,5 @@ LEVELS = {
     "grad": "closed-form cotangents against automatic differentiation",
     "jit": "compiled against eager",
     "sharded": "strata and shards add up",
+    "trainer": "the update of a whole training stack against the loop's",
 }

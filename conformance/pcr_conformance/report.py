@@ -32,7 +32,8 @@ pre { white-space: pre-wrap; background: #f5f5f5; padding: .7rem }
 </style>
 <h1>Conformance</h1><p>$badge</p><p>$environment</p>
 <table><thead><tr><th>adapter</th><th>library</th><th>device, mode</th><th>law</th><th>level</th><th>dtype</th>
-<th>worst error / bound</th><th>examples</th><th>verdict</th></tr></thead><tbody>$rows</tbody></table>$failures</html>
+<th>worst error / bound</th><th>examples</th><th>verdict</th></tr></thead><tbody>$rows</tbody></table>$failures$untried
+</html>
 """)
 
 
@@ -138,7 +139,14 @@ def as_junit(verdicts: Sequence[Verdict]) -> str:
             ElementTree.SubElement(case, "failure", message=v.message.split("\n")[0]).text = v.message
         elif v.outcome != "passed":
             ElementTree.SubElement(case, "skipped", message=v.message.split("\n")[0])
+        elif v.message:
+            ElementTree.SubElement(case, "system-out").text = v.message
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def _untried(v: Verdict) -> bool:
+    """Whether a law was skipped, or passed on some problems and was not asked on others."""
+    return bool(v.message) and v.outcome in ("passed", "skipped")
 
 
 def as_html(verdicts: Sequence[Verdict], day: datetime.date) -> str:
@@ -149,7 +157,12 @@ def as_html(verdicts: Sequence[Verdict], day: datetime.date) -> str:
     failures = "".join(
         f"<h2>{v.law} on {escape(v.adapter)}</h2><pre>{escape(v.message)}</pre>" for v in verdicts if v.bad
     )
+    untried = "".join(f"<li>{v.law} on {escape(v.adapter)}: {escape(v.message)}" for v in verdicts if _untried(v))
     known = ", ".join(f"{k} {v}" for k, v in environment().items())
     return _PAGE.substitute(
-        badge=escape(badge(verdicts, day)), environment=escape(known), rows="\n".join(body), failures=failures
+        badge=escape(badge(verdicts, day)),
+        environment=escape(known),
+        rows="\n".join(body),
+        failures=failures,
+        untried=f"<h2>Not tried</h2><ul>{untried}</ul>" if untried else "",
     )

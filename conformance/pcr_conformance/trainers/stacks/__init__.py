@@ -1,0 +1,1 @@
+"""Adapters of training stacks; each file imports its library, and is imported only when it is asked for."""
