@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from pcr_core.statistics import Strata
 from pcr_torch.blocks import FrozenBlocks, Granularity
-from pcr_torch.method import PCR, Norms
+from pcr_torch.method import PCR
+from pcr_torch.paths import Norms
 from pcr_torch.trl.carried_state import carry, state_of
 from pcr_torch.trl.separability import refuse_frozen_within
 from pcr_torch.trl.shared_loss import SharedLoss

@@ -15,7 +15,7 @@ from pcr_core.statistics import Strata
 from pcr_torch.baseline import Baseline
 from pcr_torch.blocks import Granularity
 from pcr_torch.meter import Meter
-from pcr_torch.method import Norms
+from pcr_torch.paths import Norms
 from pcr_torch.trl.separability import refuse_baseline, refuse_beta
 
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")  # as transformers' parser reads them
