@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pcr_core import BlockStatistics, Weights
 from pcr_torch import kernels
+from pcr_torch.cpu import short_products
 from pcr_torch.distributed import like, local
 from pcr_torch.pullback import inner, total_dtype, wide_dtype
 
-_ROW = 1 << 10  # float32 dot products of this length err by 5e-7 of |a||b| at most, also where all terms are equal
-_PART = 1 << 18  # operands of this length stay in a cache, and calls are few
 _NEARLY_ORTHOGONAL = 1e-2
 _SAFE = (1e-28, 1e36)  # squares of a gradient that float32 holds without loss
 _CHUNK = 1 << 24  # of _wide_products: float64 copies held at once
@@ -34,7 +31,7 @@ def gradient_products(p: Tensor, s: Tensor, *, joined: int | None = None) -> Ten
     x, y = p.detach().reshape(-1), s.detach().reshape(-1)
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return _wide_products(x, y, joined)
-    sums = _short_products(x.numpy(), y.numpy(), joined)
+    sums = short_products(x.numpy(), y.numpy(), joined)
     pp, ss, ps = sums.tolist()
     if not (_SAFE[0] < pp < _SAFE[1] and _SAFE[0] < ss < _SAFE[1]):
         return _wide_products(x, y, joined)
@@ -57,29 +54,6 @@ def all_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor], *, joined:
             for k, x, y in zip(at, ps, ss, strict=True):
                 found[k] = inner(x, x) if x is y else gradient_products(x, y, joined=joined)
     return found
-
-
-def _short_products(x: Any, y: Any, joined: int | None) -> Tensor:
-    """The three products by rows, in NumPy, whose BLAS takes half the time of torch.dot on what is in a cache."""
-    rows, step = len(x) // _ROW, _PART // _ROW
-    one, other = (t[: rows * _ROW].reshape(rows, _ROW) for t in (x, y))
-    short = np.empty((3, rows), dtype=np.float32)
-    apart = np.empty(0 if joined is None else (step, _ROW), dtype=np.float32)
-    with np.errstate(all="ignore"):  # overflow is seen in the sums
-        for start in range(0, rows, step):
-            at = slice(start, start + step)
-            a, b = one[at], other[at]
-            if joined == 0:
-                a = np.subtract(a, b, out=apart[: len(a)])
-            elif joined == 1:
-                b = np.subtract(b, a, out=apart[: len(a)])
-            np.vecdot(a, b, out=short[2, at])  # brings both into a cache for the other two
-            np.vecdot(a, a, out=short[0, at])
-            np.vecdot(b, b, out=short[1, at])
-        a, b = (t[rows * _ROW :] for t in (x, y))
-        a, b = (a - b if joined == 0 else a), (b - a if joined == 1 else b)
-        rest = np.stack([np.vecdot(a, a), np.vecdot(b, b), np.vecdot(a, b)])
-        return torch.from_numpy(short.sum(axis=1, dtype=np.float64) + rest)
 
 
 def _wide_products(x: Tensor, y: Tensor, joined: int | None) -> Tensor:

@@ -1,14 +1,13 @@
 """Both streams' gradients of block parameters with their per-response inner products, from two backward passes.
 
 Where the gradient of a probed layer's output arrives (`probe.py`), the weight's gradient and its per-response inner
-products are formed in one place (`products.py` on a CPU, `kernels` elsewhere). The passes are those of `totals.py`, one
+products are formed in one place (`cpu.py` on a CPU, `kernels` elsewhere). The passes are those of `totals.py`, one
 of a single stream and one of the streams' sum. Probes keep the output gradients of the first until the second, and so
 know both streams' when they form each weight's gradient.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pcr_torch import kernels
+from pcr_torch import cpu, kernels
 from pcr_torch.distributed import kept_whole, local, reduce_scatter, sharded_modules
 from pcr_torch.graph.owner_arrays import Owners, spread
 from pcr_torch.graph.owners import arrangement, by_response, survey
 from pcr_torch.graph.segments import segments
 from pcr_torch.kernels import WORKSPACE, Layout
-from pcr_torch.probe import install, layout, remove
-from pcr_torch.products import Products, bias_products, in_range, matrix_gradient, weight_products
+from pcr_torch.layers import Layers
+from pcr_torch.products import Products, bias_products, in_range, input_gradient, parameter_gradients
 from pcr_torch.pullback import PAIRS, Pulled, Total, add_total, total_dtype, wide_dtype
 from pcr_torch.totals import Pass, larger, sum_and_single
 
@@ -44,49 +43,21 @@ class Recorder:
         self._seen: set[tuple[str, str]] = set()
         self._sharded = any(isinstance(p, DTensor) for p in parameters.values())
         self._fsdp = sharded_modules(model) if self._sharded else []
-        self._installed = False
         self.late = False  # whether no probe was in place when the last surveyed log-probabilities were computed
         self._skipped: Collection[str] = ()  # block parameters that are measured elsewhere
         self._owners: dict[str, Owners] = {}  # of the rows of each layer, where they are known
         self._layouts: dict[tuple[int, torch.Size], Layout] = {}  # on an accelerator, by the identity of owners
         self._arrangements: dict[tuple[int, torch.Size], tuple[Tensor, Tensor] | None] = {}  # the same on a CPU
-        self._modules: dict[str, nn.Module] = {}
-        self._transposed: set[str] = set()  # of these, those that store the weight (in, out)
-        # by attribute and not by identity: sharding libraries swap the parameters of a module around its forward
-        self._members: dict[str, dict[str, str]] = {}
-        names = {id(p): name for name, p in parameters.items()}
-        uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-        for path, module in model.named_modules():
-            held = {at: getattr(module, at, None) for at in ("weight", "bias")}
-            mine = {at: names[id(p)] for at, p in held.items() if id(p) in names}
-            if layout(module) is not None and mine:
-                self._modules[path] = module
-                if layout(module) == "in_out":
-                    self._transposed.add(path)
-                self._members[path] = mine
-        found = {name for mine in self._members.values() for name in mine.values()}
-        # of block parameters that no probe measures: why
-        self.uncovered: dict[str, str] = {}
-        for name, p in parameters.items():
-            if name not in found:
-                self.uncovered[name] = "it is in no plain linear layer, or its layer has a forward of its own"
-            elif uses[id(p)] > 1:  # its gradient has parts from several layers, and its norms need their sum
-                self.uncovered[name] = "it is tied"
+        self._layers = Layers(model, parameters)
+        self.uncovered = self._layers.uncovered
 
     def install(self) -> None:
-        if self._installed:
-            return
-        self._installed = True
-        for path, module in self._modules.items():
-            if layout(module) is not None:  # else somebody has wrapped its forward meanwhile
-                install(module, self, path)
+        """Probes on every layer that holds block parameters."""
+        self._layers.install(self)
 
     def remove(self) -> None:
-        if not self._installed:
-            return
-        self._installed = False
-        for module in self._modules.values():
-            remove(module, self)
+        """The layers' own forward."""
+        self._layers.remove(self)
 
     def survey(self, logp: Tensor, *, trusting: bool) -> dict[str, str]:
         """Why block parameters cannot be measured in the backward passes of `logp`, by name; those absent can.
@@ -98,26 +69,7 @@ class Recorder:
         """
         found = survey(logp)
         self.late = not found.calls
-        why = dict(self.uncovered)
-        self._owners = {}
-        for path, mine in self._members.items():
-            calls = found.calls.get(path, [])
-            reason = "its layer is used twice in one forward pass" if len(calls) > 1 else None
-            if len(calls) == 1:
-                owners = calls[0]
-                if not isinstance(owners, str):
-                    self._owners[path] = owners
-                elif not trusting:
-                    reason = f"the rows of its input are not known to be those of the responses ({owners})"
-            for name in mine.values():
-                if id(self._parameters[name]) in found.bypassed and not self._sharded:
-                    why.setdefault(
-                        name,
-                        "it is used outside its layer (tied, or read by a fused kernel or another forward), or "
-                        "logp was computed before PCR(model) was made",
-                    )
-                elif reason is not None:
-                    why.setdefault(name, reason)
+        why, self._owners = self._layers.unmeasurable(found, trusting=trusting, sharded=self._sharded)
         return why
 
     def pull(
@@ -197,8 +149,8 @@ class Recorder:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `probe.Receiver`. Of block parameters autograd gets nothing."""
         path: str = node.path
-        transposed = path in self._transposed
-        held = {} if self._pass == "off" else self._members[path]
+        transposed = path in self._layers.transposed
+        held = {} if self._pass == "off" else self._layers.members[path]
         members = {at: name for at, name in held.items() if name not in self._skipped} if self._skipped else held
         if members:
             self._refuse_unmeasurable(path, x)
@@ -209,8 +161,8 @@ class Recorder:
                 with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                     self._measure(path, members, x, self._streams(path, dy), transposed)
         left = [name for name, want in zip(("weight", "bias"), wanted[1:], strict=True) if want and name not in members]
-        dx = _input_gradient(dy, weight, transposed) if wanted[0] else None
-        return dx, *_outside(x, dy, left, transposed)
+        dx = input_gradient(dy, weight, transposed) if wanted[0] else None
+        return dx, *parameter_gradients(x, dy, left, transposed)
 
     def _streams(self, path: str, dy: Tensor) -> tuple[Tensor, ...]:
         """Output gradients of each stream, where that of the pass of the other, or of the sum, arrives."""
@@ -263,7 +215,7 @@ class Recorder:
         def products(dys: tuple[Tensor, ...]) -> Products:
             if attribute == "bias":
                 return bias_products(dys, self._strata)
-            return weight_products(x, dys, self._strata, transposed=transposed)
+            return cpu.weight_products(x, dys, self._strata, transposed=transposed)
 
         return in_range(products, dys)
 
@@ -282,21 +234,3 @@ class Recorder:
 
 def _version(grad: Tensor | None) -> tuple[int, int] | None:
     return None if grad is None else (id(grad), local(grad)._version)
-
-
-def _input_gradient(dy: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    matrix = weight.to(dy.dtype)
-    return dy @ (matrix.T if transposed else matrix)
-
-
-def _outside(
-    x: Tensor | None, dy: Tensor, left: Collection[str], transposed: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a layer's weight and bias, those that are `left` to autograd."""
-    weight = bias = None
-    if "weight" in left:
-        assert x is not None
-        weight = matrix_gradient(x, dy, transposed=transposed)
-    if "bias" in left:
-        bias = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
-    return weight, bias

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import pcr_core
 from pcr_core import BlockStatistics
-from pcr_torch import PCR, Report, products
+from pcr_torch import PCR, Report, cpu
+from pcr_torch.cpu import _spans, prefers_gram, weight_products
 from pcr_torch.kernels import Layout, plain
-from pcr_torch.products import _spans, prefers_gram, weight_products
 
 
 def pull(model: nn.Module, data: Batch, norms: str, **options: object) -> tuple[Report, dict[str, Tensor]]:
@@ -167,9 +167,9 @@ def test_statistics_and_update_equal_the_dense_method(norms: str) -> None:
 @pytest.mark.parametrize("way", ["tiles", "tiles and token Grams"])
 def test_two_ways_to_products(way: str, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of an accelerator are in test_kernels.py."""
-    monkeypatch.setattr(products, "_LANES", 16)  # tiles and chunks that do not divide the sizes
-    monkeypatch.setattr(products, "_TILE", 600)
-    monkeypatch.setattr(products, "prefers_gram", lambda *_: way == "tiles and token Grams")
+    monkeypatch.setattr(cpu, "_LANES", 16)  # tiles and chunks that do not divide the sizes
+    monkeypatch.setattr(cpu, "_TILE", 600)
+    monkeypatch.setattr(cpu, "prefers_gram", lambda *_: way == "tiles and token Grams")
     generator = torch.Generator().manual_seed(0)
     x, dy, dz = (torch.randn(5, 7, k, generator=generator) for k in (40, 50, 50))
     strata = [[0, 3], [2], [1, 4]]
@@ -187,7 +187,7 @@ def test_two_ways_to_products(way: str, transposed: bool, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out_in", "in_out"])
 def test_products_leave_out_tokens_without_gradient(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "prefers_gram", lambda *_: False)
+    monkeypatch.setattr(cpu, "prefers_gram", lambda *_: False)
     x, dy, dz = (torch.randn(5, 7, k, generator=torch.Generator().manual_seed(k)) for k in (8, 9, 10))
     dz = dz[..., :9]
     for each in (dy, dz):
@@ -235,7 +235,7 @@ def test_factors_far_from_one_keep_their_products(exponent: int) -> None:
 
 
 def test_an_input_that_is_negated_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "prefers_gram", lambda *_: False)
+    monkeypatch.setattr(cpu, "prefers_gram", lambda *_: False)
     x = torch.fft.fft(torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(0))).conj().imag
     assert x.is_neg()
     dy = torch.randn(3, 7, 9)

@@ -1,6 +1,6 @@
 """Products of gradients on an accelerator: fused kernels where Triton runs, plain PyTorch elsewhere.
 
-Both do the same and neither makes the host wait for the device. On a CPU `pcr_torch.products` is the faster.
+Both do the same and neither makes the host wait for the device. On a CPU `pcr_torch.cpu` is the faster.
 
     serve(device)       whether they are for a device
     chosen(device)      which of the two, as a line for a log

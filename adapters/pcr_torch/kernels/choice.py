@@ -23,7 +23,7 @@ _SMALLEST = 1 << 17  # elements of a weight; below, too few programs run to fill
 
 
 def serve(device: torch.device) -> bool:
-    """Whether this package is for a device; a CPU has `pcr_torch.products`."""
+    """Whether this package is for a device; a CPU has `pcr_torch.cpu`."""
     return device.type != "cpu"
 
 
