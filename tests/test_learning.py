@@ -16,8 +16,9 @@ from rich.console import Console
 from benchmarks.learning.experiment import Choices, Experiment, Job, Results, Row
 from benchmarks.learning.frozen import OutOfOrder, freeze
 from benchmarks.learning.paired import holm, paired_interval
+from benchmarks.learning.parts import Claim, Report, Table
 from benchmarks.learning.record import read_rows
-from benchmarks.learning.report import Claim, Report, Table, replace_claims, write_report
+from benchmarks.learning.report import replace_claims, write_report
 from benchmarks.learning.run import run_all, run_confirmation, run_selection
 
 QUIET = Console(quiet=True)

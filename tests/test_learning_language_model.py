@@ -20,7 +20,7 @@ from benchmarks.learning.experiment import Experiment, Results, Row, load
 from benchmarks.learning.figures import blocks
 from benchmarks.learning.language_model import ModelSuite, Variant, measure, pick, score
 from benchmarks.learning.language_model_report import report
-from benchmarks.learning.report import Table
+from benchmarks.learning.parts import Table
 from benchmarks.learning.sweep import Grid
 from pcr_torch.train.tiny import make_tiny
 from pcr_train.settings import Settings

@@ -12,7 +12,7 @@ if any(importlib.util.find_spec(name) is None for name in ("trl", "reasoning_gym
 
 from benchmarks.learning.experiment import Results, Row
 from benchmarks.learning.experiments import robustness
-from benchmarks.learning.report import Table
+from benchmarks.learning.parts import Table
 
 CHOICES = {"learning_rate": 3e-4}
 

@@ -67,12 +67,15 @@ class Layers:
             remove(module, receiver)
 
     def unmeasurable(self, found: Survey, *, trusting: bool, sharded: bool) -> tuple[dict[str, str], dict[str, Owners]]:
-        """Why block parameters cannot be measured in one forward pass, by name; and owners of the layers' rows, by path.
+        """Why block parameters cannot be measured in one forward pass, and the owners of the layers' rows.
 
         Args:
             found: what the graph of the forward pass says.
             trusting: whether rows whose owners are not known are taken to be those of the responses, in their order.
             sharded: whether parameters are swapped around the forward pass, so that leaves do not tell them.
+
+        Returns:
+            Reasons by the parameter's name, and owners by the layer's path.
         """
         owners_of: dict[str, Owners] = {}
         why = dict(self.uncovered)

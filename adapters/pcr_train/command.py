@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -24,58 +23,9 @@ except ImportError as missing:
 from pcr_core import RULES
 from pcr_train import report, tasks
 from pcr_train.engine import load_engine
+from pcr_train.help import HELP
 from pcr_train.run import Interrupted, train
-from pcr_train.settings import FRAMEWORKS, PRECISIONS, PRESETS, Settings, make_settings
-
-HELP = """
-Train a language model with GRPO and a conflict rule on a verifiable task.
-
-Every step samples responses, scores them with the task's verifier, and combines the reward gradient and the KL gradient
-block by block with the chosen rule. At the end the model is compared with its starting point on held-out problems, on
-problems it solved before, and on a fixed text, and one sentence says how much of the conflict was sampling noise.
-
-\b
-Examples:
-  pcr-train
-      SmolLM2-135M on one-digit sums: the demo, a few minutes on 2 cores
-  pcr-train --model tiny
-      the same in seconds, with a model made on the spot
-  pcr-train --model tiny --rule grpo --seed 1
-      plain GRPO, for comparison: it measures the conflict and changes nothing
-  pcr-train --framework jax --model tiny
-      the same method in JAX, one compiled program a step
-  pcr-train --task gcd --task-option max_value=20 --steps 50
-      any reasoning-gym data set, with its options
-  pcr-train --model Qwen/Qwen2.5-0.5B --alpha snr --beta 0.02
-      a model from the hub, another alpha
-  pcr-train --resume runs/smollm2-chain_sum-pcr-s0 --steps 24
-      go on, bit for bit, from the last checkpoint
-
-\b
-Results in the run's folder:
-  plot.png        reward, KL, gradient norms, conflict by layer, alpha
-  metrics.jsonl   one JSON object a step, with every block's numbers
-  checkpoint-N    the model, and all that --resume needs
-
-Ctrl-C finishes the current step, saves, and prints how to resume; a second one stops at once.
-
-\b
-What --resume may say; a refusal is one line and exit code 2:
-  was not written to its end
-      killed while it saved: kept as unfinished-checkpoint-N; the run goes on
-      from the one before, or begins at its first step if there is none
-  is damaged, is missing
-      a file is not what was written: kept as damaged-checkpoint-N; the run
-      goes on from the one before, or stops where none is whole
-  reference model
-      the model that the KL divergence is measured to was changed since
-  weights are not those
-      the model does not take up what was saved
-  another run is going on
-      two runs would write one folder; a run that was killed frees it
-  differs from the run
-      only --steps and --save-every may change
-"""
+from pcr_train.settings import FRAMEWORKS, PRECISIONS, PRESETS, Settings, make_settings, parse_options
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -222,20 +172,6 @@ def run(
         return
     folder = resume or out or Path("runs") / _name(settings)
     _go(settings, folder, resume is not None, threads, console)
-
-
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """["max_terms=2", "operators=[1, 2]"] as a dictionary; values are read as JSON where they are, else as text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
-        if not sign or not name:
-            raise ValueError(f"--task-option: expected name=value, such as max_terms=2, got {pair!r}")
-        try:
-            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
 
 
 def _resumed(folder: Path, model: str | None, given: dict[str, Any]) -> Settings:

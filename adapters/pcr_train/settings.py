@@ -193,3 +193,17 @@ def make_settings(model: str = "smollm2", **given: Any) -> Settings:
     """Defaults, then the model's preset, then what was given (None: not given)."""
     values = {**PRESETS.get(model, {}), **{name: value for name, value in given.items() if value is not None}}
     return Settings(model=model, **values)
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """["max_terms=2", "operators=[1, 2]"] as a dictionary; values are read as JSON where they are, else as text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name:
+            raise ValueError(f"--task-option: expected name=value, such as max_terms=2, got {pair!r}")
+        try:
+            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options

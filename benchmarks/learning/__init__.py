@@ -19,7 +19,7 @@ To write an experiment:
 
     from benchmarks.learning.experiment import Choices, Experiment, Job, Results, Row
     from benchmarks.learning.paired import paired_interval
-    from benchmarks.learning.report import Claim, Plot, Report, Table
+    from benchmarks.learning.parts import Claim, Plot, Report, Table
 
     def jobs(seeds: tuple[int, ...], choices: Choices | None) -> list[Job]:
         '''Those of selection where choices is None, else of confirmation.'''

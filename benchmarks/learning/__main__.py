@@ -11,7 +11,8 @@ from rich.console import Console
 
 from benchmarks.learning.experiment import RESULTS, load, names
 from benchmarks.learning.frozen import OutOfOrder, freeze
-from benchmarks.learning.report import CLAIM_COLUMNS, CLAIM_NOTE, Table, replace_claims, write_report
+from benchmarks.learning.parts import Table
+from benchmarks.learning.report import CLAIM_COLUMNS, CLAIM_NOTE, replace_claims, write_report
 from benchmarks.learning.run import run_all, run_confirmation, run_selection
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from benchmarks.learning import experiments
-
-if TYPE_CHECKING:
-    from benchmarks.learning.report import Report
+from benchmarks.learning.parts import Report
 
 Stage = Literal["selection", "confirmation"]
 Choices: TypeAlias = Mapping[str, Any]

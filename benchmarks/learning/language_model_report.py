@@ -10,7 +10,7 @@ from benchmarks.learning.experiment import Results, Row
 from benchmarks.learning.figures import sweeps
 from benchmarks.learning.language_model import BASELINE, RULES, ModelSuite, pick, score
 from benchmarks.learning.paired import Interval, paired_interval
-from benchmarks.learning.report import Claim, Plot, Report, Table
+from benchmarks.learning.parts import Claim, Plot, Report, Table
 
 
 def report(suite: ModelSuite, results: Results) -> Report:

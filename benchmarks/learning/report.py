@@ -3,70 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.learning.experiment import Experiment, Results
 from benchmarks.learning.frozen import frozen_path, read_frozen
-from benchmarks.learning.paired import Interval, holm
+from benchmarks.learning.paired import holm
+from benchmarks.learning.parts import Claim, Plot, Table
 from benchmarks.learning.record import read_environments, read_rows
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FAMILY_WISE = 0.05
 START, END = "<!-- claims: written by `python -m benchmarks.learning report`, not by hand -->", "<!-- end of claims -->"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells are ready text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-    def markdown(self) -> str:
-        lines = [f"| {' | '.join(cells)} |" for cells in (self.columns, ["---"] * len(self.columns), *self.rows)]
-        return "\n".join([f"### {self.title}", "", *([self.note, ""] if self.note else []), *lines])
-
-
-@dataclass(frozen=True)
-class Plot:
-    """`draw` fills an empty matplotlib figure, which is saved as NAME.png beside the report."""
-
-    name: str
-    caption: str
-    draw: Callable[[Figure], None]
-    size: tuple[float, float] = (9.0, 4.5)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement that the interval of a difference supports or not.
-
-    Attributes:
-        statement: what is compared, such as "PCR() - GRPO, noisy rewards, each at its own best".
-        interval: of the difference, with the p of its test.
-        headline: whether it is shown in docs/evidence.md; report.md shows all.
-        spec: how its numbers are written.
-    """
-
-    statement: str
-    interval: Interval
-    headline: bool = False
-    spec: str = "+.4f"
-
-
-@dataclass(frozen=True)
-class Report:
-    """Sections in order; all claims of an experiment are one family for Holm's correction."""
-
-    sections: Sequence[Table | Plot]
-    claims: Sequence[Claim] = field(default_factory=tuple)
 
 
 def read_results(experiment: Experiment, folder: Path) -> Results:

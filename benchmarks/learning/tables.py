@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.learning.experiment import Results
 from benchmarks.learning.paired import paired_interval
-from benchmarks.learning.report import Plot, Table
+from benchmarks.learning.parts import Plot, Table
 from benchmarks.learning.suite import Measures, Suite, diagnostics, measures, settings_of
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pcr_torch.train import models
 from pcr_train import command
 from pcr_train.progress import MetricsFile, read_metrics
 from pcr_train.run import Outcome
-from pcr_train.settings import Settings
+from pcr_train.settings import Settings, parse_options
 from pcr_train.tasks import load_task
 
 SMALL = ["--shots", "0", "--prompts", "4", "--generations", "4", "--max-tokens", "5", "--heldout", "8", "--samples",
@@ -194,7 +194,7 @@ def test_a_diverged_model_is_one_line(
     ],
 )
 def test_task_options_are_json_or_text(pairs: list[str], options: dict):
-    assert command.parse_options(pairs) == options
+    assert parse_options(pairs) == options
 
 
 def test_missing_smollm2_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -6,7 +6,7 @@ import pcr_core as pcr
 from benchmarks.learning.bandit import Memoryless, Regime
 from benchmarks.learning.experiment import Experiment, Results
 from benchmarks.learning.paired import paired_interval
-from benchmarks.learning.report import Claim, Plot, Report, Table
+from benchmarks.learning.parts import Claim, Plot, Report, Table
 from benchmarks.learning.suite import Place, Suite
 from benchmarks.learning.sweep import Grid
 from benchmarks.learning.tables import (

@@ -8,7 +8,7 @@ from benchmarks.learning.experiment import Experiment, Results
 from benchmarks.learning.experiments.bandit import PLACES
 from benchmarks.learning.experiments.default import over_regimes
 from benchmarks.learning.paired import paired_interval
-from benchmarks.learning.report import Claim, Report, Table
+from benchmarks.learning.parts import Claim, Report, Table
 from benchmarks.learning.shifts import Constant, Measured
 from benchmarks.learning.suite import DIAGNOSTICS, Suite, diagnostics
 from benchmarks.learning.tables import difference_table, measure_all, settings_table

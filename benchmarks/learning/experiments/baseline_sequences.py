@@ -6,7 +6,7 @@ import pcr_core as pcr
 from benchmarks.learning.bandit import Regime
 from benchmarks.learning.experiment import Experiment, Results
 from benchmarks.learning.paired import paired_interval
-from benchmarks.learning.report import Claim, Report, Table
+from benchmarks.learning.parts import Claim, Report, Table
 from benchmarks.learning.sequences import Treatment, simulate
 from benchmarks.learning.suite import Place, Suite, diagnostics
 from benchmarks.learning.sweep import Grid

@@ -15,7 +15,7 @@ from benchmarks.learning.bandit import Memoryless, Method, Regime, simulate
 from benchmarks.learning.experiment import Choices, Experiment, Job, Results, Row
 from benchmarks.learning.experiments.bandit import PLACES
 from benchmarks.learning.paired import Interval, paired_interval, ratio_of_means
-from benchmarks.learning.report import Claim, Plot, Report, Table
+from benchmarks.learning.parts import Claim, Plot, Report, Table
 from benchmarks.learning.suite import CHUNK, Suite, settings_of
 from benchmarks.learning.tables import (
     Measured,

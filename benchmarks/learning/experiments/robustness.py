@@ -15,7 +15,7 @@ from benchmarks.learning.experiment import Choices, Experiment, Job, Results, Ro
 from benchmarks.learning.experiments.tiny import settings
 from benchmarks.learning.language_model import Options, measure, score
 from benchmarks.learning.paired import paired_interval
-from benchmarks.learning.report import Claim, Plot, Report, Table
+from benchmarks.learning.parts import Claim, Plot, Report, Table
 from pcr_train.settings import Settings
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from benchmarks.learning.bandit import Decision, Memoryless, Method, Params, Reg
 from benchmarks.learning.experiment import Experiment, Results
 from benchmarks.learning.experiments.bandit import place
 from benchmarks.learning.paired import paired_interval
-from benchmarks.learning.report import Claim, Plot, Report, Table
+from benchmarks.learning.parts import Claim, Plot, Report, Table
 from benchmarks.learning.suite import Suite
 from benchmarks.learning.tables import (
     diagnostic_table,

@@ -16,7 +16,7 @@ from benchmarks.learning.experiment import Experiment, Results
 from benchmarks.learning.experiments.bandit import PLACES
 from benchmarks.learning.experiments.default import gains_table, over_regimes
 from benchmarks.learning.paired import paired_interval
-from benchmarks.learning.report import Claim, Plot, Report, Table
+from benchmarks.learning.parts import Claim, Plot, Report, Table
 from benchmarks.learning.shifts import Measured
 from benchmarks.learning.suite import Suite, diagnostics
 from benchmarks.learning.tables import Measured as MeasuredScores

@@ -13,7 +13,8 @@ from rich.console import Console
 from benchmarks.learning.experiment import RESULTS, load
 from benchmarks.learning.experiments import tiny
 from benchmarks.learning.figures import blocks, smollm2, sweeps
-from benchmarks.learning.report import Plot, read_results
+from benchmarks.learning.parts import Plot
+from benchmarks.learning.report import read_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
