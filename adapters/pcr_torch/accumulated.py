@@ -48,7 +48,7 @@ class Accumulated:
         self.skipped = self.torn = False
 
     def refuse_torn(self) -> None:
-        """RuntimeError after a micro-batch that ended within its backward passes."""
+        """Raises RuntimeError after a micro-batch that ended within its backward passes."""
         if self.torn:
             raise RuntimeError(
                 "an earlier accumulate() ended within its backward passes (out of memory, an interrupt, an error in "
@@ -90,7 +90,7 @@ class Accumulated:
         return pulled
 
     def part(self) -> None:
-        """P and S in the totals, where the streams' sum is in the place of one of them."""
+        """Makes the totals P and S, where the streams' sum was in the place of one of them."""
         part(self.totals, self.joined)
         self.joined = None
 

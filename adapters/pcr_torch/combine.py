@@ -21,11 +21,11 @@ _CACHED = 1 << 16  # the same on a CPU
 
 
 def gradient_products(p: Tensor, s: Tensor, *, joined: int | None = None) -> Tensor:
-    """(3,) |p|^2, |s|^2 and p.s of two gradients, to 1e-6 of each, in float64.
+    """(3,) |p|^2, |s|^2 and <p, s> of two gradients, to 1e-6 of each, in float64.
 
     With `joined` 0 or 1 that tensor, of the two, holds p + s.
 
-    On a CPU sums are float32 within short parts and float64 across them. Where that would lose digits (p.s small
+    On a CPU sums are float32 within short parts and float64 across them. Where that would lose digits (<p, s> small
     against |p||s|, squares near the ends of float32) they are taken again with products in float64.
     """
     x, y = p.detach().reshape(-1), s.detach().reshape(-1)

@@ -215,5 +215,5 @@ class _Tile:
     def dots(self, into: Any) -> None:
         """PAIRS over bunches of rows; `into` (pairs, bunches)."""
         streams = self._bunches
-        for k, (a, b) in reversed(list(enumerate(PAIRS[len(streams)]))):  # P.S first: it brings both into the cache
+        for k, (a, b) in reversed(list(enumerate(PAIRS[len(streams)]))):  # <P, S> first: it brings both into the cache
             np.vecdot(streams[a], streams[b], out=into[k])

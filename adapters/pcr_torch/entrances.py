@@ -1,4 +1,4 @@
-"""The ways into `PCR`: a micro-batch as an objective, as two cotangents, or as one stream alone."""
+"""How a micro-batch is given to `PCR`: as an objective, as two cotangents, or one stream at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Entrances:
         advantages: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> None:
-        """Both streams of one micro-batch, in two backward passes over logp's graph, which is freed.
+        """Accumulate both streams of one micro-batch, in two backward passes over logp's graph, which is freed.
 
         With every > 1 one pass, unless the step is `measuring`. Where the loop measures the noise, many.
 
@@ -67,7 +67,7 @@ class Entrances:
         advantages: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> None:
-        """`accumulate` for a loss of your own: both (n, T) derivatives with respect to logp."""
+        """Accumulate both streams of any loss, from its two (n, T) derivatives with respect to logp."""
         applied = None if self._baseline is None else self._baseline.check(logp, advantages, weight)
         self._pull((0, 1), logp, (plasticity, stability), group_ids, applied)
 
@@ -80,12 +80,12 @@ class Entrances:
         advantages: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> None:
-        """The plasticity stream alone, from its own forward pass; `cotangent` (n, T) is d loss/d logp."""
+        """Accumulate the plasticity stream alone, from a separate forward pass; `cotangent` (n, T) is d loss/d logp."""
         applied = None if self._baseline is None else self._baseline.check(logp, advantages, weight)
         self._pull((0,), logp, (cotangent,), group_ids, applied)
 
     def accumulate_stability(self, logp: Tensor, cotangent: Tensor, *, group_ids: Tensor) -> None:
-        """The stability stream alone, such as a loss on replayed or pretraining data, beta included.
+        """Accumulate the stability stream alone, such as a loss on replayed or pretraining data, beta included.
 
         Sequences take the place of responses, and what they were sampled from (a data set, a prompt) that of groups.
         Streams of different forward passes are taken to have independent noise: their covariance is 0.

@@ -1,4 +1,4 @@
-"""`every` > 1: between measured steps one backward pass, of the streams weighted as they were last."""
+"""Steps between measured ones (`every` > 1): one backward pass, of the streams with the weights measured last."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Every:
 
     @property
     def last(self) -> Report:
-        """Of the step whose weights are used."""
+        """The report of the step whose weights are used."""
         assert self._last is not None
         return self._last
 
     def keep(self, report: Report) -> None:
-        """The report of a measured step, for the steps after it."""
+        """Keeps the report of a measured step, for the steps after it."""
         if self._every > 1:
             self._last, self._age = report, 0
 
     def passed(self) -> None:
-        """A step has used the weights of an earlier one."""
+        """Counts a step that has used the weights of an earlier one."""
         self._age += 1
 
     def pull(self, streams: tuple[int, ...], logp: Tensor, cotangents: tuple[Tensor, ...]) -> None:
@@ -60,7 +60,7 @@ class Every:
         torch.autograd.backward(logp, sum(weighted[1:], start=weighted[0]))
 
     def state_dict(self) -> dict[str, Any] | None:
-        """None where no weights are kept."""
+        """The last report and its age; None where none is kept."""
         return None if self._last is None else {"age": self._age, **self._last.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:

@@ -50,16 +50,16 @@ class Layers:
                 self.uncovered[name] = "it is tied"
 
     def install(self, receiver: Receiver) -> None:
-        """Probes on every layer, unless they are there."""
+        """Puts probes on every layer, unless they are there."""
         if self._installed:
             return
         self._installed = True
         for path, module in self._modules.items():
-            if layout(module) is not None:  # else somebody has wrapped its forward meanwhile
+            if layout(module) is not None:  # else other code has replaced its forward meanwhile
                 install(module, receiver, path)
 
     def remove(self, receiver: Receiver) -> None:
-        """The layers' own forward."""
+        """Takes the probes off."""
         if not self._installed:
             return
         self._installed = False

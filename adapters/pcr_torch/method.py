@@ -43,11 +43,12 @@ class PCR(Step):
         granularity: a block per "tensor", "module", "layer" or "global".
         rule: any `pcr_core.Rule`; `pcr_core.PCR()` by default.
         strata: "group": scatter within groups; "batch": within each micro-batch, allows groups of one response.
-        norms: how per-response norms are had. "fast" measures them in the backward pass of linear layers; "loop" runs
-            one backward pass per response and stream; "auto" is "fast" for every block parameter of which it is right
-            (a plain linear layer, used once, whose rows the autograd graph shows to be those of the responses) and the
-            loop for the others alone, which a log message and `path` tell. "fast" trusts that activations (n, tokens,
-            features) are those of the n responses, in their order, where the graph does not tell.
+        norms: how per-response norms are measured. "fast" measures them in the two backward passes, in linear layers;
+            "loop" runs one backward pass per response and stream. "auto" is "fast" for every block parameter for which
+            it is right (a plain linear layer, used once, whose rows the autograd graph shows to be those of the
+            responses) and the loop for the others alone, which a log message and `path` tell. "fast" trusts that
+            activations (n, tokens, features) are those of the n responses, in their order, where the graph does not
+            tell.
         noise_every: measure the noise of the gradients in every K-th step; 0 for never. A rule that needs the noise
             (`pcr_core.needs_noise`) gets it in every step. For the others None is every 10th, and never where "auto"
             would take the loop. In the steps without, both gradients come from ordinary automatic differentiation of
@@ -154,7 +155,7 @@ class PCR(Step):
         self._probe()
 
     def remove(self) -> None:
-        """Give the model's layers their own forward back. The object cannot be used afterwards."""
+        """Restore the `forward` of the model's layers. The object cannot be used afterwards."""
         self._paths.probe(False)
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = self._ddp.require_forward_param_sync = True

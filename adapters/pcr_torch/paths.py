@@ -78,7 +78,7 @@ class Paths:
         return self._recorder is not None
 
     def probe(self, on: bool) -> None:
-        """Probes for a step that measures; in the others the model's layers have their own forward."""
+        """Puts probes on the layers for a step that measures, and takes them off for the others."""
         if self._recorder is not None:
             (self._recorder.install if on else self._recorder.remove)()
 

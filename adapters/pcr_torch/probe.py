@@ -1,4 +1,4 @@
-"""Linear layers that hand the gradient of their output to somebody else, who forms what is needed of it.
+"""Probes: linear layers whose backward pass gives input and output gradient to a receiver, which forms the gradients.
 
 Activations are saved through autograd, so gradient checkpointing, autocast and saved-tensor hooks work as always.
 """
@@ -17,7 +17,7 @@ Layout = Literal["out_in", "in_out"]
 
 
 class Receiver(Protocol):
-    """Who forms the gradients of probed layers."""
+    """What forms the gradients of probed layers: `recorder.Recorder`."""
 
     def arrived(
         self, node: Any, x: Tensor | None, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
@@ -34,7 +34,7 @@ class Receiver(Protocol):
 
 
 def layout(module: nn.Module) -> Layout | None:
-    """How a plain linear layer stores its weight; None for any other module, and for one with a forward of its own."""
+    """How a plain linear layer stores its weight; None for any other module, and where its `forward` was replaced."""
     own = module.__dict__.get("forward")
     restored = getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module
     if own is not None and not (restored or _is_probed(module)):
@@ -48,12 +48,12 @@ def layout(module: nn.Module) -> Layout | None:
 
 
 def install(module: nn.Module, receiver: Receiver, path: str) -> None:
-    """Replaces the layer's forward until `remove`; without gradients it computes as before."""
+    """Puts a probe on a layer: replaces its `forward` until `remove`. Without gradients it computes as before."""
     module.forward = MethodType(_probed(receiver, path, transposed=layout(module) == "in_out"), module)
 
 
 def remove(module: nn.Module, receiver: Receiver) -> None:
-    """Unless the layer has another receiver by now, or somebody has wrapped the probe, and keeps it."""
+    """Takes the probe off a layer, unless it has another receiver by now, or other code has wrapped the probe."""
     if _is_probed(module) and module.__dict__["forward"].__func__.receiver is receiver:
         del module.__dict__["forward"]
 
@@ -86,7 +86,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
 
 
 def is_probe(node: Any) -> bool:
-    """Whether a node of a graph hands a layer's gradient to a receiver; its inputs are the layer's, weight and bias."""
+    """Whether a node of an autograd graph is a probed layer; its inputs are the layer's input, weight and bias."""
     return getattr(node, "_forward_cls", None) is _Probe
 
 

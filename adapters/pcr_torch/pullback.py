@@ -37,7 +37,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """a.b accumulated in float64 (products exact for float32 input), a chunk at a time; shape ()."""
+    """<a, b>, accumulated in float64 (products exact for float32 input), a chunk at a time; shape ()."""
     x, y = a.detach().reshape(-1), b.detach().reshape(-1)
     dtype = wide_dtype(x.device)
     total = torch.zeros((), dtype=dtype, device=x.device)
@@ -104,7 +104,7 @@ def per_response(
 
 
 def add_total(total: Total, name: str, part: Tensor) -> None:
-    """In the memory of what is there, else in that of `part`."""
+    """Adds `part` to a total in place; where there is none yet, `part` becomes the total."""
     total[name] = total[name].add_(part) if name in total else part
 
 

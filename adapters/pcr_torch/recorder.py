@@ -1,9 +1,8 @@
-"""Both streams' gradients of block parameters with their per-response inner products, from two backward passes.
+"""Gradients of block parameters for both streams, with their per-response inner products, from two backward passes.
 
-Where the gradient of a probed layer's output arrives (`probe.py`), the weight's gradient and its per-response inner
-products are formed in one place (`cpu.py` on a CPU, `kernels` elsewhere). The passes are those of `totals.py`, one
-of a single stream and one of the streams' sum. Probes keep the output gradients of the first until the second, and so
-know both streams' when they form each weight's gradient.
+The passes are those of `totals.py`: one of a single stream and one of the streams' sum. In the first, the probe on a
+layer (`probe.py`) keeps the layer's output gradient. In the second it has the output gradients of both streams, and
+forms the weight's gradients and their per-response inner products together (`cpu.py`; `kernels` on an accelerator).
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ class Recorder:
             del self._totals
 
     def _pulled(self, pairs: int, device: torch.device) -> Pulled:
-        """Of all parameters, in their order; 0 of those that were not measured, or not used."""
+        """Inner products of all parameters, in their order; 0 for those that were not measured, or not used."""
         dtype = wide_dtype(device)
         rows = self._responses, len(self._strata)
         none = tuple(torch.zeros((pairs, count), dtype=dtype, device=device) for count in rows)
@@ -147,7 +146,7 @@ class Recorder:
     def arrived(
         self, node: Any, x: Tensor | None, weight: Tensor, dy: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See `probe.Receiver`. Of block parameters autograd gets nothing."""
+        """Gradients for autograd, see `probe.Receiver`; None for block parameters, whose gradients go to the totals."""
         path: str = node.path
         transposed = path in self._layers.transposed
         held = {} if self._pass == "off" else self._layers.members[path]
@@ -165,7 +164,7 @@ class Recorder:
         return dx, *parameter_gradients(x, dy, left, transposed)
 
     def _streams(self, path: str, dy: Tensor) -> tuple[Tensor, ...]:
-        """Output gradients of each stream, where that of the pass of the other, or of the sum, arrives."""
+        """A layer's output gradient for each stream, in the pass of the other stream or of the sum."""
         if self._single is None:
             return (dy,)
         alone = self._kept.pop(path)
@@ -210,7 +209,7 @@ class Recorder:
                 add_total(total, name, reduce_scatter(part.to(total_dtype(parameter)), parameter))
 
     def _tiled(self, path: str, attribute: str, x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> Products:
-        """A weight's or bias's, of (n, tokens, features) on a CPU."""
+        """Products of a weight or bias on a CPU, from activations (n, tokens, features)."""
 
         def products(dys: tuple[Tensor, ...]) -> Products:
             if attribute == "bias":
@@ -220,7 +219,7 @@ class Recorder:
         return in_range(products, dys)
 
     def _fused(self, path: str, attribute: str, x: Tensor, dys: tuple[Tensor, ...], transposed: bool) -> Products:
-        """The same of rows of any order on an accelerator, for which the host never waits."""
+        """Products of a weight or bias on an accelerator, from rows in any order; the host never waits."""
         owners, lead = self._owners.get(path), x.shape[:-1]
         key = (id(owners), lead)
         if key not in self._layouts:

@@ -61,9 +61,9 @@ class Report:
 
         conflict_rate, cosine, alpha, boost (b - 1, the addition to the KL coefficient in units of beta) are means over
         blocks; removed is |removed part of P|/|P| over all coordinates, norms and noise-to-signal ratios likewise.
-        noise_share is sum v_ps/sum P.S over the blocks with P.S < 0, the part of their conflict that is noise both
-        streams share (0 without conflict); debiased means P.S - v_ps in place of P.S. These and the noise-to-signal
-        ratios are absent where the noise was not measured. With a baseline also baseline, b as it was applied, and
+        noise_share is sum v_ps/sum <P, S> over the blocks with <P, S> < 0, the part of their conflict that is noise
+        both streams share (0 without conflict); debiased means <P, S> - v_ps in place of <P, S>. These and the
+        noise-to-signal ratios are absent where the noise was not measured. With a baseline also baseline, b as it was applied, and
         where the noise was measured baseline_reduction, the estimated share of P's variance that it took away.
         """
         found = summary(self.weights, self.statistics, slice(None), prefix)

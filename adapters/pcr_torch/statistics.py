@@ -40,7 +40,7 @@ class BlockSums:
         return cls(parameters, torch.tensor([index[name] for name in parameters]), len(blocks), ranks)
 
     def scatter(self, streams: tuple[int, ...], pulled: Pulled, ids: Tensor) -> Scatter[Tensor]:
-        """Of one micro-batch, whose responses lie in strata `ids`."""
+        """Scatter of one micro-batch, whose responses lie in strata `ids`."""
         response = self._per_block(pulled.response.cpu())
         stratum = self._per_block(pulled.stratum.cpu())
         nothing = torch.zeros(self.blocks, dtype=response.dtype)
@@ -52,14 +52,14 @@ class BlockSums:
         return Scatter(variances[0], variances[1], covariance)
 
     def no_scatter(self) -> Scatter[Tensor]:
-        """Of a rank that accumulated nothing."""
+        """Scatter of a rank that accumulated nothing: zeros."""
         nothing = torch.zeros(self.blocks, dtype=torch.float64)
         return Scatter(nothing, nothing, nothing)
 
     def statistics(
         self, totals: Totals, scatter: Scatter[Tensor] | None, *, joined: int | None = None, merged: bool = False
     ) -> BlockStatistics[Tensor]:
-        """Of the whole batch, in one all-reduce.
+        """Statistics of the whole batch, in one all-reduce.
 
         Args:
             totals: P and S, but P + S in the place `joined`.
@@ -86,7 +86,7 @@ class BlockSums:
         )
 
     def _products(self, totals: Totals, joined: int | None) -> Tensor:
-        """(3, blocks) inner products of the streams' totals: |P|^2, |S|^2, P.S, of them what this rank has to count."""
+        """(3, blocks) inner products of the totals, |P|^2, |S|^2, <P, S>: this rank's part of them."""
         p, s = totals
         found = torch.zeros(len(self.parameters), 3, dtype=torch.float64)
         shares = [

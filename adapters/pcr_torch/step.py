@@ -90,7 +90,7 @@ class Step(Entrances):
         found.torn = False
 
     def resolve(self) -> Report:
-        """Decide each block's weights, add a P + b S to `.grad` of its parameters, and start afresh.
+        """Decide each block's weights, add a P + b S to the `.grad` of its parameters, and start a new step.
 
         Like a backward pass it adds to a `.grad` that is there, so gradients of further losses are kept: zero them once
         a step, as always. A block whose gradients are not finite gets a non-finite update and is named in the report.
@@ -179,7 +179,7 @@ class Step(Entrances):
         return self._accumulated.torn or self._accumulated.microbatches > 0
 
     def discard(self) -> None:
-        """Forget what was accumulated since the last `resolve`, but for what is in `.grad`: zero that as well.
+        """Drop what was accumulated since the last `resolve`. What is in `.grad` stays: zero it as well.
 
         After an error within `accumulate` (out of memory, say) the step goes on with nothing else: a part of that
         micro-batch is in the gradients.

@@ -2,15 +2,15 @@
 
 Two backward passes over the graph of the log-probabilities: one of a single stream, which forms the gradients of the
 block parameters alone, and an ordinary one of the streams' sum. The sum's gradient T is that of a plain backward pass
-to the last bit, and the other stream's is T less the first's, which is never written to memory: `combine.py` turns
+to the last bit. The other stream's gradient is T less the first's, which is never written to memory: `combine.py` turns
 a P + b S into a T + (b - a) S. The single stream is the smaller one, so that the difference keeps the other's digits.
-Nothing is asked of the model but that autograd can go through its graph twice.
+The only requirement on the model is that autograd can run a backward pass of its graph twice.
 
-The passes go through the graph by segments (`segments.py`), so that memory is freed as in one pass. Above the topmost
-segment with block parameters, one pass of the sum serves both streams where rows of tokens are apart (`rows.py`);
-below the lowest the sum goes on alone.
+The passes alternate over segments of the graph (`graph/segments.py`), so that memory is freed as in one pass. Between
+the log-probabilities and the topmost block, one pass of the sum gives both streams as far as each row of an activation
+belongs to one token (`graph/rows.py`). Below the lowest block there is the pass of the sum alone.
 
-Where gradients of chosen parameters cannot be asked for (sharded weights, reentrant checkpointing), or where a hook may
+Where autograd cannot be asked for the gradients of chosen parameters (sharded weights, reentrant checkpointing), or where a hook may
 do anything to a stream, two whole passes give P and S.
 """
 

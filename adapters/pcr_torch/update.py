@@ -1,4 +1,4 @@
-"""Every parameter's a P + b S: one after the other on a CPU, in few launches and at most one wait on an accelerator."""
+"""Adding a P + b S to every `.grad`: one after the other on a CPU, in few launches and one wait on an accelerator."""
 
 from __future__ import annotations
 

@@ -42,16 +42,17 @@ def is_leaf(node: Any) -> bool:
 
 
 def shape_of(node: Any, index: int) -> Shape:
-    """Of a gradient that comes to a node."""
+    """Shape of a gradient that comes to a node."""
     return tuple(node._input_metadata[index].shape)
 
 
 def signed(number: Any) -> Any:
-    """Of what is shown as unsigned, if it is there."""
+    """The signed value of a saved argument that PyTorch shows as unsigned; None stays None."""
     return number - (1 << 64) if number is not None and number >= 1 << 63 else number
 
 
 def dims_of(node: Any, count: int) -> list[int]:
+    """The dimensions that an operation on `count` dimensions worked along; all of them by default."""
     saved = getattr(node, "_saved_dim", None)
     if saved is None or saved == ():
         return list(range(count))

@@ -74,7 +74,7 @@ def in_order(output: Tensor) -> Iterator[Step | None]:
 
 
 def _metadata_around(node: Any) -> Iterator[Any]:
-    """Of the gradients that come to a node, and of those that it gives."""
+    """Metadata of the gradients that come to a node, and of those that it gives."""
     yield from node._input_metadata
     for after, k in node.next_functions:
         if after is not None and not is_leaf(after):

@@ -35,13 +35,13 @@ class OwnerArrays:
         self._views: dict[tuple[int, Shape, Shape], tuple[Owners, Owners | str]] = {}
 
     def fewest(self, owners: Owners) -> Owners:
-        """Without trailing dimensions along which owners are the same."""
+        """An owner array without trailing dimensions along which owners are the same."""
         while owners.ndim > 1 and owners.shape[-1] and bool((owners == owners[..., :1]).all()):
             owners = owners[..., 0]
         return self.responses if np.array_equal(owners, self.responses) else owners
 
     def of_items(self, owners: Owners) -> Owners | None:
-        """By the first dimension alone, where nothing along the others is another response's."""
+        """Owners by the first dimension alone; None where the others hold rows of several responses."""
         if owners.ndim == 1:
             return None
         flat = owners.reshape(len(owners), -1)
@@ -49,7 +49,7 @@ class OwnerArrays:
         return self.fewest(only) if ((flat == only[:, None]) | (flat == NOBODY)).all() else None
 
     def reshaped(self, owners: Owners, out: Shape, shape: Shape) -> Owners | str:
-        """Elements keep their order, and so do rows where some leading dimensions are as many."""
+        """Owners through a view: elements keep their order, so rows do where leading dimensions hold as many."""
         if shape[: owners.ndim] == owners.shape:
             return owners
         key = (id(owners), out, shape)
@@ -66,7 +66,7 @@ class OwnerArrays:
         return "a view in which rows are not contiguous"
 
     def permuted(self, owners: Owners, out: Shape, dims: list[int]) -> Owners:
-        """Dimension j of the output is dimension dims[j] of the input."""
+        """Owners through a permutation: dimension j of the output is dimension dims[j] of the input."""
         mine = dims[: owners.ndim]
         if mine == list(range(owners.ndim)):
             return owners
@@ -76,7 +76,7 @@ class OwnerArrays:
         return self.fewest(np.broadcast_to(placed, there))
 
     def along(self, dims: list[int], owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> Below | None:
-        """What works along dimensions may mix their rows where these are one response's, as in time-major order."""
+        """Owners through an operation along dimensions; it may mix rows of one response (time-major order)."""
         lead, mixed = owners.ndim, tuple(dim for dim in dims if dim < owners.ndim)
         if any(s is not None and [*_without(s, mixed, lead)] != [*_without(out, mixed, lead)] for s in shapes):
             return None
@@ -88,7 +88,7 @@ class OwnerArrays:
         return [None if s is None else self.fewest(np.broadcast_to(owners, s[:lead])) for s in shapes]
 
     def reduced(self, dims: list[int], owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> Below | None:
-        """Rows of whatever a sum was taken over belong to whom the sum belongs."""
+        """Owners through a reduction: all that was summed belongs to the response of the sum."""
         shape = shapes[0]
         if shape is None:
             return None
@@ -98,14 +98,14 @@ class OwnerArrays:
         return [self.fewest(np.broadcast_to(owners, shape[: owners.ndim]))]
 
     def matrix(self, owners: Owners, shapes: Sequence[Shape | None], k: int) -> Below | None:
-        """Of a product of input number `k` with what is the same for all rows; it mixes the last dimension."""
+        """Owners through a product of input number `k` with a matrix that all rows share."""
         shape = shapes[k]
         if shape is not None and (shape[: owners.ndim] != owners.shape or len(shape) == owners.ndim):
             return None
         return [owners if j == k else None for j in range(len(shapes))]
 
     def batched(self, first: int, owners: Owners, out: Shape, shapes: Sequence[Shape | None]) -> Below | None:
-        """Products of matrices: the second factor's rows are everybody's who has a row of the first, like an expert."""
+        """Owners through a batched matrix product: a second factor belongs to the responses with rows in the first."""
         items = owners if owners.ndim == 1 else self.of_items(owners)
         if owners.ndim > 2:
             return None
@@ -113,7 +113,7 @@ class OwnerArrays:
         return [None if s is None else of for s, of in zip(shapes, mine, strict=True)]
 
     def moved_from(self, owners: Owners | None, shape: Shape | None) -> Owners | None:
-        """Of an input, for those of its gradient's elements, to which it may have been broadcast."""
+        """Owners of an input, from those of its gradient's elements, to which it may have been broadcast."""
         rows = None if owners is None else broadcast(owners, owners.shape, shape)
         if rows is None or rows.ndim == 0:
             return None
@@ -122,7 +122,7 @@ class OwnerArrays:
         return self.fewest(only[..., 0] if whole else rows)
 
     def taken_back(self, rows: Owners, places: Owners, shape: Shape) -> Owners | str:
-        """Rows back to where they were taken from; those taken several times have to go to one response."""
+        """Owners of the tensor that rows were indexed from; a row taken several times has to belong to one response."""
         whole = np.full(math.prod(shape), NOBODY)
         whole[places] = rows
         if not np.array_equal(whole[places], rows):
@@ -131,12 +131,12 @@ class OwnerArrays:
 
 
 def spread(owners: Owners, shape: Shape) -> Owners:
-    """The same with more dimensions."""
+    """An owner array, broadcast to more dimensions."""
     return np.broadcast_to(owners.reshape(owners.shape + (1,) * (len(shape) - owners.ndim)), shape)
 
 
 def broadcast(owners: Owners, out: Shape, shape: Shape | None) -> Owners | None:
-    """Of an input of an elementwise operation; None where several responses share it, as they share parameters."""
+    """Owners of an input of an elementwise operation; None where responses share it, as they share parameters."""
     if shape is None:
         return None
     added = len(out) - len(shape)
@@ -150,7 +150,7 @@ def broadcast(owners: Owners, out: Shape, shape: Shape | None) -> Owners | None:
 
 
 def joined(one: Owners | str | None, other: Owners | str | None, node: Node) -> Owners | str | None:
-    """Of a tensor that is used twice: what has rows in neither way has none."""
+    """Owners of a tensor that is used twice, from those that both uses give."""
     if one is other or isinstance(one, str):
         return one
     if isinstance(other, str):

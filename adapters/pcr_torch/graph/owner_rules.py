@@ -66,7 +66,7 @@ _READ: dict[str, tuple[str, ...]] = {
 
 
 class Follow:
-    """Owners of an operation's inputs from those of its output."""
+    """Rules that give the owners of an operation's inputs from those of its output."""
 
     def __init__(self, n: int) -> None:
         self._arrays = OwnerArrays(n)
@@ -74,7 +74,7 @@ class Follow:
         self._found: dict[tuple[Any, ...], tuple[Owners, Below]] = {}  # with the owners, whose id is in the key
 
     def below(self, node: Any, inputs: Inputs, outputs: dict[int, Owners | str | None]) -> Below:
-        """Of each of a node's inputs, which are its `next_functions`, by the owners of its outputs by their number."""
+        """Owners of each of a node's inputs (its `next_functions`), from the owners of its outputs by number."""
         kind, function = kind_of(node), getattr(node, "_forward_cls", None)
         if kind in _APART and len(inputs) == 1:
             whole = self._together(node, outputs)
@@ -113,7 +113,7 @@ class Follow:
         return [unknown] * len(shapes) if found is None else found
 
     def _together(self, node: Any, outputs: dict[int, Owners | str | None]) -> Owners | None:
-        """Of what is split along its first dimension."""
+        """Owners of a tensor that was split along its first dimension."""
         if signed(node._saved_dim) or any(not isinstance(owners, np.ndarray) for owners in outputs.values()):
             return None
         parts, unbound = [], kind_of(node) == "Unbind"

@@ -35,7 +35,7 @@ def _turned(arrays: OwnerArrays, node: Any, owners: Owners, out: Shape, shapes: 
 
 
 def _loss(arrays: OwnerArrays, node: Any, owners: Owners, out: Shape, shapes: _Shapes) -> Below | None:
-    """Cross-entropy of (N, classes, ...), one number a row."""
+    """Owners through cross-entropy of (N, classes, ...), one number per row."""
     shape = shapes[0]
     if shape is None or len(shape) != len(out) + 1 or (shape[0], *shape[2:]) != out:
         return None
@@ -74,7 +74,7 @@ def _concatenated(arrays: OwnerArrays, node: Any, owners: Owners, out: Shape, sh
 
 
 def _picked(arrays: OwnerArrays, node: Any, owners: Owners, out: Shape, shapes: _Shapes) -> Below | None:
-    """One of several, such as x[0]: the others' rows are nobody's."""
+    """Owners through a selection such as x[0]: the other rows belong to nobody."""
     shape = shapes[0]
     if shape is None:
         return None
@@ -156,7 +156,7 @@ def _added_at(arrays: OwnerArrays, node: Any, owners: Owners, out: Shape, shapes
 
 
 def _mask_scattered(arrays: OwnerArrays, node: Any, owners: Owners, out: Shape, shapes: _Shapes) -> Below | None:
-    """Elements of a source, in their order, where a mask has put them, such as pictures' tokens into a prompt."""
+    """Owners through masked_scatter, which puts elements in order where a mask is true: image tokens into a prompt."""
     onto, source = shapes
     if source is None:
         return [broadcast(owners, out, onto)]
@@ -181,7 +181,7 @@ class _Places:
 
 
 def _places(indices: Sequence[Tensor | None], shape: Shape) -> _Places | None:
-    """Of leading dimensions; None for indices of another kind."""
+    """Places that indices of leading dimensions take; None for indices of another kind."""
     if any(index is None or index.dtype.is_floating_point for index in indices):
         return None
     arrays = [cast(Tensor, index).cpu().numpy() for index in indices]

@@ -1,12 +1,13 @@
-"""Rows (tokens) of a graph's tensors that one log-probability alone depends on: there one pass serves both streams.
+"""Rows (tokens) of activations that exactly one log-probability depends on: there one backward pass gives both streams.
 
-A token's log-probability depends on what enters the head at that token, and so on down to the last attention. Above it,
-each row of a gradient is the cotangent of one log-probability times something. A backward pass of the streams' sum,
-c = w_p + w_s, gives what it gives as ever, and stream k's part of a row is w_k / c of it.
+From the output of the last attention layer to the head, a transformer treats each token by itself. There, row t of an
+activation's gradient is the cotangent of log-probability t times a factor. So after a backward pass of the sum of the
+streams, with cotangent c = w_p + w_s, stream k's gradient of that row is the sum's times w_k / c.
 
-That is read off the graph's operations, one by one, in autograd's order; the first that is not known to keep rows apart
-ends it, and so does float16, in which a sum of cotangents that nearly cancel could vanish. What leads to parameters
-alone needs no rows: they get the sum's gradient, as they should. Hooks on activations are not seen in a graph.
+How far that holds is read off the graph, operation by operation in autograd's order. The first operation that may mix
+rows ends it. So does float16, in which a sum of cotangents that nearly cancel could underflow. Paths
+that lead to parameters alone need no rows: parameters outside the blocks get the sum's gradient anyway. Hooks on
+activations cannot be seen in a graph.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Rows:
         self.apart = True  # no operation was met so far that may mix rows
 
     def take(self, node: Node) -> Tensor | None:
-        """Of what comes to a node, to be called in autograd's order; None where there are none, or may be mixed."""
+        """Rows of the gradient that comes to a node; to be called in autograd's order. None where they may be mixed."""
         if not self.apart:
             return None
         rows = self._of.pop(node, None)
@@ -80,7 +81,7 @@ class Rows:
         return rows
 
     def below(self, node: Node) -> tuple[Tensor, ...] | None:
-        """Of what a taken node gives, by its edges that lead on; None where some has none, or is of float16."""
+        """Rows of the gradients that a taken node gives to its inputs; None where one has none, or is of float16."""
         edges = [(after, k) for after, k in node.next_functions if after is not None]
         found = [self._of.get(after) for after, _ in edges]
         narrow = any(cast(Any, after)._input_metadata[k].dtype == torch.float16 for after, k in edges)
@@ -88,7 +89,7 @@ class Rows:
         return cast(tuple[Tensor, ...], tuple(found)) if known else None
 
     def _below(self, node: Any, rows: Tensor) -> Below | None:
-        """Of what the node gives, by edge; None where it may mix rows."""
+        """Rows of the gradients that a node gives, by edge; None where it may mix rows."""
         if any(into.dtype == torch.float16 for into in node._input_metadata):
             return None
         shapes = [None if after is None else shape_of(after, k) for after, k in node.next_functions]
@@ -202,7 +203,7 @@ def share_of(gradient: Tensor, shares: Tensor) -> Tensor:
 
 
 def _through_matrix(rows: Tensor, shapes: Sequence[Shape | None], k: int) -> Below | None:
-    """Of a product of input number `k` with what is the same for all rows; it mixes the last dimension."""
+    """Rows through a product of input number `k` with a matrix that all rows share; it mixes the last dimension."""
     shape = shapes[k]
     if shape is not None and (not _starts(shape, rows.shape) or len(shape) == rows.ndim):
         return None

@@ -1,11 +1,12 @@
-"""The graph of a forward pass in segments, so that both streams go back through it a part at a time.
+"""The autograd graph of a forward pass, cut into segments; the backward passes of both streams alternate over them.
 
-Segment by segment, memory is freed once both streams have left it, as in an ordinary backward pass; and below the
-lowest segment with blocks the streams go on as one.
+A segment's memory is freed once both streams have passed it, as in an ordinary backward pass. Below the lowest segment
+with block parameters one backward pass of the streams' sum is enough.
 
-A segment ends at a node that all of the graph above runs through: in a transformer the sums of the residual stream,
-before and after attention. They are found by going over the graph in autograd's order: when a node is taken while no
-other waits, all that is above it has been. Where there are none (a skip connection around layers), all is one segment.
+A segment ends at a node that every path from the log-probabilities runs through: in a transformer, the additions to the
+residual stream after attention and after the MLP. To find them, the nodes are visited in the order of a backward pass:
+a node that is visited while no other waits is such a node. A graph without any (a skip connection around all layers) is
+one segment.
 """
 
 from __future__ import annotations
@@ -48,13 +49,15 @@ _PARTS = 4  # of the graph below the first segment
 
 
 def segments(output: Tensor, leaves: Set[int]) -> tuple[Segment, ...] | None:
-    """Segments for gradients of `leaves` (ids of tensors) alone.
+    """Segments for the gradients of `leaves` (ids of tensors) alone.
 
-    None where a stream's gradients of these alone cannot be had: hooks on gradients of modules, several devices, a leaf
-    that several segments use, or that may hide in a function that keeps its graph to itself.
+    None where a backward pass of one stream cannot give the gradients of these alone: where modules have hooks on
+    gradients, where there are several devices, and where several segments use a leaf, or a function that keeps its
+    graph to itself may hide one.
 
-    The first, where it has none of them, is the longest such in which rows of tokens are apart, with `below`; the
-    others, a few, have about as many of them each. A backward pass through a segment looks at all of the graph below.
+    The first segment is the longest without any of the leaves in which rows of tokens are apart, with `below`. The
+    others share the leaves about equally. They are few, since a backward pass of a segment visits all of the graph
+    below it.
     """
     found: list[Segment] = []
     uses: list[list[Use]] = [[]]
@@ -163,7 +166,7 @@ def back_for(
 
 
 def _through_node(node: Node, gradient: Tensor | None) -> list[Tensor]:
-    """What a node with one output hands on, by its edges that lead on, as autograd does but for hooks on its inputs."""
+    """Gradients of a node's inputs from that of its one output, as autograd has them but for hooks on inputs."""
     if gradient is None:
         handed: Sequence[Tensor | None] = [None] * len(node.next_functions)
     else:

@@ -6,8 +6,8 @@ Both do the same and neither makes the host wait for the device. On a CPU `pcr_t
     chosen(device)      which of the two, as a line for a log
     Layout              which rows of a layer's activations belong to which response
     weight_products     a linear layer's weight gradient, per stream, and its per-response inner products
-    vector_products     the same of its bias
-    pair_products       |P|^2, |S|^2 and P.S of many totals
+    vector_products     the same for its bias
+    pair_products       |P|^2, |S|^2 and <P, S> of many totals
     combine             a P + b S of many totals, in place
 """
 

@@ -19,7 +19,7 @@ _CHUNK = 1 << 24  # numbers of which copies are held at once
 
 
 def pair_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor], *, joined: int | None = None) -> Tensor:
-    """(pairs, 3) |p|^2, |s|^2 and p.s, in one reading, to 1e-7 of |p||s|, in float64 where the device has it.
+    """(pairs, 3) |p|^2, |s|^2 and <p, s>, in one reading, to 1e-7 of |p||s|, in float64 where the device has it.
 
     Args:
         firsts: p, of any shapes, on one device.

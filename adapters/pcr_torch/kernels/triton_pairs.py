@@ -114,7 +114,7 @@ def _combine(
 
 
 def pair_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor], *, joined: int | None = None) -> Tensor:
-    """(pairs, 3) float64 |p|^2, |s|^2 and p.s of dense tensors: all firsts of one dtype, all seconds of one.
+    """(pairs, 3) float64 |p|^2, |s|^2 and <p, s> of dense tensors: all firsts of one dtype, all seconds of one.
 
     With `joined`, the firsts (0) or the seconds (1) hold p + s in place of p or s.
     """
