@@ -1,7 +1,7 @@
 """Complementary error function: the library's own where it has one, else series and continued fraction.
 
 `torch.special.erfc`, `jax.scipy.special.erfc` and `scipy.special.erfc` are used when the array is theirs. The fallback
-is plain array-API arithmetic, accurate to 1e-13 relative in float64 until the result underflows.
+is plain array-API arithmetic, accurate to 1e-14 relative below 3 and to 1e-13 until the result underflows.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import array_api_compat
 
-_SWITCH = 1.7
-_SERIES_TERMS = 50
-_FRACTION_TERMS = 60
+_SWITCH = 1.3
+_SERIES_TERMS = 40
+_FRACTION_TERMS = 120
 
 
 def erfc(xp: Any, x: Any) -> Any:

@@ -24,11 +24,11 @@ class Case:
     strata: Any = "group"
     regime: str = ""
 
-    def __repr__(self) -> str:  # Hypothesis prints this when a law fails: it has to be enough to rebuild the case
-        arrays = ", ".join(
-            f"{name}=np.array({np.asarray(getattr(self, name)).tolist()!r})"
-            for name in ("plasticity", "stability", "group_ids")
-        )
+    def __repr__(self) -> str:  # printed when a law fails: it has to be enough to rebuild the case
+        names = ["plasticity", "stability", "group_ids"]
+        if self.stability_group_ids is not None:
+            names.append("stability_group_ids")
+        arrays = ", ".join(f"{name}=np.array({np.asarray(getattr(self, name)).tolist()!r})" for name in names)
         return f"Case({arrays}, sizes={self.sizes}, strata={self.strata!r}, regime={self.regime!r})"
 
     def blocks(self) -> list[slice]:

@@ -66,6 +66,8 @@ def weights(rule: Any, stats: Enclosed) -> Decision:
     if isinstance(rule, pcr_core.MGDA):
         if stats.p2.hi == 0 or stats.s2.hi == 0:
             return Decision(one, one)
+        if stats.p2 == stats.s2 == stats.c and stats.c.lo == stats.c.hi:  # P = S, in which nothing is rounded
+            return Decision(half := Interval(0.5, 0.5, one.arithmetic), half)
         gap = stats.p2 + stats.s2 - stats.c * 2
         undecided = gap.lo <= 0
         t = Interval(0.0, 1.0, one.arithmetic) if undecided else ((stats.s2 - stats.c) / gap).clipped(0.0, 1.0)
@@ -73,14 +75,16 @@ def weights(rule: Any, stats: Enclosed) -> Decision:
         if stats.p2.lo == 0 or stats.s2.lo == 0:  # perhaps the plain sum
             a, b = replace(a, hi=1.0), replace(b, hi=1.0)
         return Decision(a, b)
-    if isinstance(rule, pcr_core.HardProjection):
-        rule = pcr_core.PCR(alpha=1.0, max_boost=math.inf)
-    if isinstance(rule, pcr_core.FixedAlpha):
-        rule = pcr_core.PCR(alpha=rule.alpha, max_boost=math.inf)
-    if not isinstance(rule, pcr_core.PCR) or isinstance(rule.prior, pcr_core.TemporalPrior):
-        raise TypeError(f"no enclosure of {rule!r}")
+    rule = _as_pcr(rule)
+    gp, gs, means = posterior(rule, stats)
+    found = _project(rule, means)
+    return found if gp is None or gs is None else replace(found, a=gp * found.a, b=gs * found.b)
+
+
+def posterior(rule: pcr_core.PCR, stats: Enclosed) -> tuple[Interval | None, Interval | None, Enclosed]:
+    """Gains of both streams (None: exactly 1), and the statistics of the posterior means."""
     if isinstance(rule.prior, pcr_core.FlatPrior):
-        return _project(rule, stats)
+        return None, None, stats
     gp, gs = _gain(stats.p2, stats.vp), _gain(stats.s2, stats.vs)
     means = replace(
         stats,
@@ -91,22 +95,50 @@ def weights(rule: Any, stats: Enclosed) -> Decision:
         vs=gs * stats.vs,
         vps=gp * gs * stats.vps,
     )
-    found = _project(rule, means)
-    return replace(found, a=gp * found.a, b=gs * found.b)
+    return gp, gs, means
+
+
+def boost(rule: Any, stats: Enclosed, means: Enclosed) -> Interval:
+    """What a projection adds to the stability gradient's own weight, in units of the posterior mean."""
+    if isinstance(rule, pcr_core.PCGrad):
+        return (-stats.c).clipped(0.0, math.inf) / stats.s2
+    rule = _as_pcr(rule)
+    return _boost(rule, means, _opposed(rule, means), retention_complement(rule.alpha, means))
+
+
+def _as_pcr(rule: Any) -> pcr_core.PCR:
+    if isinstance(rule, pcr_core.HardProjection):
+        return pcr_core.PCR(alpha=1.0, max_boost=math.inf)
+    if isinstance(rule, pcr_core.FixedAlpha):
+        return pcr_core.PCR(alpha=rule.alpha, max_boost=math.inf)
+    if not isinstance(rule, pcr_core.PCR) or isinstance(rule.prior, pcr_core.TemporalPrior):
+        raise TypeError(f"no enclosure of {rule!r}")
+    return rule
 
 
 def _project(rule: pcr_core.PCR, means: Enclosed) -> Decision:
+    one = Interval(1.0, 1.0, means.c.arithmetic)
+    c, alpha = _opposed(rule, means), retention_complement(rule.alpha, means)
+    added = _boost(rule, means, c, alpha)
+    return Decision(one, added + 1 if rule.update == "anchored" else added, alpha, c)
+
+
+def _opposed(rule: pcr_core.PCR, means: Enclosed) -> Interval:
+    """The inner product in question; not negative where one stream is zero."""
     c = means.c - means.vps if rule.conflict == "debiased" else means.c
-    one = Interval(1.0, 1.0, c.arithmetic)
-    alpha = retention_complement(rule.alpha, means)
-    gate = conflict_probability(means, c) if rule.gate == "probability" else one
-    cap = one * rule.max_boost
     if means.p2.hi == 0 or means.s2.hi == 0:  # nothing to resolve, whatever the noise
-        c = c.clipped(0.0, 0.0)
-    elif means.p2.lo == 0 or means.s2.lo == 0:  # perhaps nothing
-        c = replace(c, hi=max(c.hi, 0.0))
-    boost = (gate * alpha * (-c).clipped(0.0, math.inf) / means.s2).clipped(0.0, math.inf).least(cap)
-    return Decision(one, boost + 1 if rule.update == "anchored" else boost, alpha, c)
+        return c.clipped(0.0, 0.0)
+    if means.p2.lo == 0 or means.s2.lo == 0:  # perhaps nothing
+        return replace(c, hi=max(c.hi, 0.0))
+    return c
+
+
+def _boost(rule: pcr_core.PCR, means: Enclosed, c: Interval, alpha: Interval) -> Interval:
+    one = Interval(1.0, 1.0, c.arithmetic)
+    noisy = means.c - means.vps if rule.conflict == "debiased" else means.c
+    gate = conflict_probability(means, noisy) if rule.gate == "probability" else one
+    against = gate * alpha * (-c).clipped(0.0, math.inf) / means.s2
+    return against.clipped(0.0, math.inf).least(one * rule.max_boost)
 
 
 def retention_complement(kind: Any, stats: Enclosed) -> Interval:

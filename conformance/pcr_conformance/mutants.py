@@ -90,7 +90,12 @@ def bfloat16(x: Any) -> Any:
 def honest(case: Case, **changes: Any) -> Stats:
     case = case.with_(**changes)
     stats: Stats = pcr.contribution_statistics(
-        case.plasticity, case.stability, group_ids=case.group_ids, sizes=case.sizes, strata=case.strata
+        case.plasticity,
+        case.stability,
+        group_ids=case.group_ids,
+        stability_group_ids=case.stability_group_ids,
+        sizes=case.sizes,
+        strata=case.strata,
     )
     return stats
 
@@ -467,4 +472,4 @@ def _first(w: Decision, p: Any, s: Any, sizes: tuple[int, ...]) -> Any:
 def attack(mutant: Mutant, examples: int = 300, seed: int = 0) -> Verdict:
     """The named law on the mutant; failed means killed."""
     law = next(law for law in LAWS if law.name == mutant.law)
-    return judge(law, mutant.adapter(), examples, seed)
+    return judge(law, mutant.adapter(), examples, seed, shrink=False)

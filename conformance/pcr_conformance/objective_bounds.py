@@ -66,7 +66,9 @@ def bounds(case: ObjectiveCase, dtype: str) -> Bounds:
         kl_off, kl_size = ratio * (k3_off + (relative + 2 * u) * k3), ratio * k3
     stability = case.beta * norm * slope_off
 
-    largest_gain = np.maximum(ratio, 1 + case.clip[1]) * np.abs(case.advantages)[:, None] * norm
+    largest_gain = (
+        np.maximum(ratio, np.clip(ratio, 1 - case.clip[0], 1 + case.clip[1])) * np.abs(case.advantages)[:, None] * norm
+    )
     plasticity_loss = ((relative + (length + 8) * u) * largest_gain).sum(1)
     stability_loss = (case.beta * norm * (kl_off + (length + 8) * u * kl_size)).sum(1)
     count = max(int(case.mask.sum()), 1)

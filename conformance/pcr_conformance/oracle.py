@@ -132,6 +132,13 @@ def weights(rule: Any, stats: Stats) -> Pair:
 
 
 def _pcr(rule: pcr_core.PCR, stats: Stats) -> Pair:
+    gp, gs, means = posterior(rule, stats)
+    pair = project(rule, means)
+    return pair._replace(a=gp * pair.a, b=gs * pair.b)
+
+
+def posterior(rule: pcr_core.PCR, stats: Stats) -> tuple[Fraction, Fraction, Stats]:
+    """Gains of both streams, and the statistics of the posterior means."""
     gp = gs = Fraction(1)
     if isinstance(rule.prior, pcr_core.ShrinkagePrior):
         gp, gs = shrinkage_gain(stats.p2, stats.vp), shrinkage_gain(stats.s2, stats.vs)
@@ -146,8 +153,7 @@ def _pcr(rule: pcr_core.PCR, stats: Stats) -> Pair:
         gp * gs * stats.vps,
         stats.d,
     )
-    pair = project(rule, means)
-    return pair._replace(a=gp * pair.a, b=gs * pair.b)
+    return gp, gs, means
 
 
 def project(rule: pcr_core.PCR, means: Stats) -> Pair:

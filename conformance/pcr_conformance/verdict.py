@@ -8,14 +8,15 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
-from hypothesis import strategies as st
+import numpy as np
 
 from pcr_conformance.adapter import Adapter
+from pcr_conformance.drawing import Draw
 from pcr_conformance.laws.checks import collect
 from pcr_conformance.registry import LAWS, Law
+from pcr_conformance.shrink import shrunk
 
 
 @dataclass(frozen=True)
@@ -74,32 +75,53 @@ def check_matched(xfails: Sequence[Xfail], adapters: Sequence[Adapter]) -> None:
             raise ValueError(f"xfail entry matches nothing: adapter {entry.adapter!r}, law {entry.law!r}")
 
 
-def check(law: Law, adapter: Adapter, examples: int, seed: int, seen: Callable[[str], None] | None = None) -> None:
-    """Try the law on random cases; raises what Hypothesis raises, with the shrunk input in its notes.
-
-    Own settings throughout: profiles, deadlines and health checks of the caller's project have no say.
-    """
-
-    def one_example(data: st.DataObject) -> None:
-        arguments = law.draw(data, adapter)
+def check(
+    law: Law,
+    adapter: Adapter,
+    examples: int,
+    seed: int,
+    seen: Callable[[str], None] | None = None,
+    *,
+    shrink: bool = True,
+) -> None:
+    """Try the law on random cases; raises what the law or the adapter raises, with the shrunk input in its notes."""
+    for index in range(max(1, round(examples * law.share))):
+        arguments = law.draw(Draw(law.name, seed, index), adapter)
         if seen is not None:
             seen(str(arguments.get("dtype", "")))
-        law.check(adapter, **arguments)
-
-    wrapped = settings(
-        max_examples=max(1, round(examples * law.share)),
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        database=None,
-        derandomize=False,
-        report_multiple_bugs=False,
-        print_blob=False,
-        phases=(Phase.explicit, Phase.generate, Phase.shrink),
-    )(given(st.data())(one_example))
-    seeded(seed)(wrapped)()
+        try:
+            with np.errstate(all="ignore"):  # numbers that leave the range are part of what is tried
+                law.check(adapter, **arguments)
+        except Exception as error:
+            if not shrink:
+                raise
+            raise _smallest(law, adapter, arguments, error) from error
 
 
-def judge(law: Law, adapter: Adapter, examples: int, seed: int, xfails: Sequence[Xfail] = ()) -> Verdict:
+def _smallest(law: Law, adapter: Adapter, arguments: dict[str, Any], first: Exception) -> Exception:
+    """The error that the smallest input found raises, of the same kind as the first, and that input as a note."""
+    found = first
+
+    def fails(candidate: dict[str, Any]) -> bool:
+        nonlocal found
+        try:
+            with np.errstate(all="ignore"):
+                law.check(adapter, **candidate)
+        except Exception as error:
+            if type(error) is type(first):
+                found = error
+                return True
+        return False
+
+    with collect():  # bounds of cases that are made on the way are not the run's
+        smallest = shrunk(arguments, fails)
+    found.add_note("\n".join(f"{name} = {value!r}" for name, value in smallest.items()))
+    return found
+
+
+def judge(
+    law: Law, adapter: Adapter, examples: int, seed: int, xfails: Sequence[Xfail] = (), *, shrink: bool = True
+) -> Verdict:
     """`check` as a record; a crash inside the adapter is a failed law like any other."""
     special = [what for what in ("sharded", "in_place") if what in adapter.capabilities]
     mode = special[0].replace("_", " ") if special else "jit" if adapter.compiled else "eager"
@@ -118,7 +140,7 @@ def judge(law: Law, adapter: Adapter, examples: int, seed: int, xfails: Sequence
             worst.dtype = dtype or "all"
 
         try:
-            check(law, adapter, examples, seed, seen)
+            check(law, adapter, examples, seed, seen, shrink=shrink)
         except Exception as error:
             notes = "\n".join(getattr(error, "__notes__", ()))
             message = f"{type(error).__name__}: {error}\n{notes}\nAgain: --seed {seed} --examples {examples}"

@@ -101,7 +101,7 @@ def test_an_adapter_that_is_not_there(spec: str) -> None:
 def test_a_crash_is_a_failed_law_and_the_run_goes_on() -> None:
     verdicts = {v.law: v for v in judge_all([Crashing()], 3, 0)}
     assert len(verdicts) == len(LAWS)
-    crashed = verdicts["weights_are_exact"]
+    crashed = verdicts["update_is_the_combination"]
     assert crashed.outcome == "failed"
     assert "kernel launch failed" in crashed.message
     assert "Case(plasticity=" in crashed.message, "the input that reproduces it"
@@ -109,8 +109,8 @@ def test_a_crash_is_a_failed_law_and_the_run_goes_on() -> None:
 
 
 def test_xfails(tmp_path: Path) -> None:
-    law = next(law for law in LAWS if law.name == "weights_are_exact")
-    known = [Xfail("crash*", "weights_are_exact", "no kernel")]
+    law = next(law for law in LAWS if law.name == "update_is_the_combination")
+    known = [Xfail("crash*", "update_is_the_combination", "no kernel")]
     assert judge(law, Crashing(), 2, 0, known).outcome == "xfailed"
     assert judge(law, load("numpy"), 2, 0, [Xfail("*", "*", "why")]).bad, "a law that passes unexpectedly"
     with pytest.raises(ValueError, match="matches nothing"):

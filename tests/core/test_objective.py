@@ -24,8 +24,10 @@ NORMALIZATIONS = ("grpo", "dapo", "bnpo", "dr_grpo")
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @settings(max_examples=15)
 @given(data=st.data(), dtype=st.sampled_from(["float64", "float32", "float16"]))
-def test_against_differences_in_50_digits(normalization: str, importance: str, data: st.DataObject, dtype: str) -> None:
-    case = data.draw(objective_cases(normalization=normalization, importance=importance))
+def test_against_differences_in_100_digits(
+    normalization: str, importance: str, data: st.DataObject, dtype: str
+) -> None:
+    case = data.draw(objective_cases(dtype=dtype, normalization=normalization, importance=importance))
     laws.objective_is_exact(NUMPY, case, dtype)
 
 

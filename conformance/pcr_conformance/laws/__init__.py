@@ -4,6 +4,7 @@ No law knows a framework: what it sees of an implementation is NumPy records fro
 docstrings refer to the list of properties in the documentation of the mathematics.
 """
 
+from pcr_conformance.laws.calls import calls_do_not_remember, inputs_are_left_alone, records_are_complete
 from pcr_conformance.laws.exact import (
     bfloat16_is_widened_first,
     float64_keeps_its_digits,
@@ -11,6 +12,7 @@ from pcr_conformance.laws.exact import (
     statistics_are_exact,
     update_is_the_combination,
     weights_are_exact,
+    what_is_resolved_is_reported,
 )
 from pcr_conformance.laws.numerics import (
     compiled_equals_eager,
@@ -18,6 +20,7 @@ from pcr_conformance.laws.numerics import (
     finite_tells_what_is_written,
     in_place_equals_out_of_place,
     non_finite_is_never_hidden,
+    non_finite_statistics_are_flagged,
     overflow_is_flagged,
     sharded_equals_one_device,
 )
@@ -34,6 +37,7 @@ from pcr_conformance.laws.projection import (
     one_stream_absent_is_the_plain_sum,
     projection_never_lengthens,
 )
+from pcr_conformance.laws.streams import a_lone_response_tells_nothing, streams_of_their_own_share_no_noise
 from pcr_conformance.laws.symmetry import (
     order_does_not_matter,
     rotation_goes_through,
@@ -43,9 +47,11 @@ from pcr_conformance.laws.symmetry import (
 )
 
 __all__ = [
+    "a_lone_response_tells_nothing",
     "alpha_is_a_fraction",
     "bfloat16_is_widened_first",
     "boost_is_capped",
+    "calls_do_not_remember",
     "compiled_equals_eager",
     "conflict_keeps_its_fraction",
     "cotangents_equal_autodiff",
@@ -53,21 +59,26 @@ __all__ = [
     "finite_tells_what_is_written",
     "float64_keeps_its_digits",
     "in_place_equals_out_of_place",
+    "inputs_are_left_alone",
     "long_sums_stay_accurate",
     "masked_entries_have_no_say",
     "no_conflict_is_the_plain_sum",
     "non_finite_is_never_hidden",
+    "non_finite_statistics_are_flagged",
     "objective_is_exact",
     "one_stream_absent_is_the_plain_sum",
     "order_does_not_matter",
     "overflow_is_flagged",
     "projection_never_lengthens",
+    "records_are_complete",
     "rotation_goes_through",
     "scale_goes_through",
     "sharded_equals_one_device",
     "shards_add_up",
     "statistics_are_exact",
     "strata_add_up",
+    "streams_of_their_own_share_no_noise",
     "update_is_the_combination",
     "weights_are_exact",
+    "what_is_resolved_is_reported",
 ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import Any
+
 import numpy as np
 
 import pcr_core
-from pcr_conformance.adapter import Adapter, Resolved, arithmetic
+from pcr_conformance.adapter import Adapter, Resolved, arithmetic, seen
 from pcr_conformance.cases import Case
 from pcr_conformance.laws.checks import as_seen, close, near, same_bits
 from pcr_conformance.tolerances import errors, update_bounds
-from pcr_core import Rule
+from pcr_core import BlockStatistics, Rule, Weights
 
 
 def compiled_equals_eager(adapter: Adapter, case: Case, dtype: str, rule: Rule) -> None:
@@ -101,3 +104,25 @@ def overflow_is_flagged(adapter: Adapter, case: Case, dtype: str, rule: Rule) ->
     law = f"law 11 (overflow), {rule}"
     assert not res.weights.finite.any(), f"{law}: not flagged"
     assert not np.isfinite(res.update).any(), f"{law}: came out as {res.update}"
+
+
+def non_finite_statistics_are_flagged(
+    adapter: Adapter, statistics: BlockStatistics[Any], rule: Rule, field: str, bad: float, block: int
+) -> None:
+    """Law 11: one sum that is not finite takes its block's flag down, and a and b with it where the rule uses sums."""
+    clean = BlockStatistics(
+        *(seen(adapter, getattr(statistics, f.name), adapter.accumulator) for f in fields(statistics))
+    )
+    x = np.array(getattr(clean, field))
+    x[block] = bad
+    before, after = adapter.weights(clean, rule), adapter.weights(replace(clean, **{field: x}), rule)
+    law = f"law 11 (statistics), {rule}, {field} {bad} in block {block}"
+    assert not after.finite[block], f"{law}: not flagged"
+    pair = after.plasticity[block], after.stability[block]
+    if isinstance(rule, pcr_core.GRPO | pcr_core.NoAnchor):
+        assert pair == (before.plasticity[block], before.stability[block]), f"{law}: the constant weights are {pair}"
+    else:
+        assert np.isnan(pair).all(), f"{law}: a and b are {pair}, expected NaN"
+    others = np.arange(len(x)) != block
+    for f in fields(Weights):
+        same_bits(f"{law}, other blocks", f.name, getattr(after, f.name)[others], getattr(before, f.name)[others])

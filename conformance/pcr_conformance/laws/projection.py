@@ -12,7 +12,7 @@ from pcr_conformance import enclosure
 from pcr_conformance.adapter import Adapter, arithmetic
 from pcr_conformance.cases import Case, Floats
 from pcr_conformance.laws.checks import as_seen, close, same_bits
-from pcr_conformance.laws.exact import exact_statistics
+from pcr_conformance.laws.judging import exact_statistics
 from pcr_conformance.tolerances import combination_bound, outcomes, update_bounds
 from pcr_core import BlockStatistics, Rule
 from pcr_core.statistics import require_noise
