@@ -243,6 +243,15 @@ def of_objective(draw: Draw, adapter: Adapter) -> Arguments:
     return {"case": batch_of(draw, adapter, dtype), "dtype": dtype}
 
 
+def of_non_finite_tokens(draw: Draw, adapter: Adapter) -> Arguments:
+    fields = ("advantages", "logp", "logp_old", "logp_ref")
+    field, bad = draw.deal(
+        "where", (*((f, math.nan) for f in fields), ("advantages", math.inf), ("advantages", -math.inf))
+    )
+    dtype = narrow(adapter)
+    return {"case": batch_of(draw, adapter, dtype), "dtype": dtype, "field": field, "bad": bad}
+
+
 def of_autodiff(draw: Draw, adapter: Adapter) -> Arguments:
     return {"case": batch_of(draw, adapter, adapter.dtypes[0], smooth=True), "dtype": adapter.dtypes[0]}
 

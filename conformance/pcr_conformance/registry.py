@@ -67,6 +67,7 @@ LAWS: tuple[Law, ...] = (
     Law(laws.finite_tells_what_is_written, "numerics", a.of_written, share=0.2),
     Law(laws.objective_is_exact, "objective", a.of_objective, _OBJECTIVE),
     Law(laws.masked_entries_have_no_say, "objective", a.of_objective, _OBJECTIVE),
+    Law(laws.non_finite_tokens_are_not_hidden, "objective", a.of_non_finite_tokens, _OBJECTIVE, share=0.5),
     Law(laws.cotangents_equal_autodiff, "grad", a.of_autodiff, frozenset({"objective", "grad"})),
     Law(laws.compiled_equals_eager, "jit", a.of_compiled, frozenset({"compile"})),
     Law(laws.strata_add_up, "sharded", a.of_split),

@@ -27,6 +27,7 @@ from pcr_conformance.laws.numerics import (
 from pcr_conformance.laws.objective import (
     cotangents_equal_autodiff,
     masked_entries_have_no_say,
+    non_finite_tokens_are_not_hidden,
     objective_is_exact,
 )
 from pcr_conformance.laws.projection import (
@@ -65,6 +66,7 @@ __all__ = [
     "no_conflict_is_the_plain_sum",
     "non_finite_is_never_hidden",
     "non_finite_statistics_are_flagged",
+    "non_finite_tokens_are_not_hidden",
     "objective_is_exact",
     "one_stream_absent_is_the_plain_sum",
     "order_does_not_matter",

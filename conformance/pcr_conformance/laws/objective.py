@@ -48,6 +48,33 @@ def judge_objective(law: str, adapter: Adapter, case: ObjectiveCase, dtype: str)
         bound = getattr(allowed, f.name)
         # the reference's own derivatives are good to 20 digits
         close(law, f.name, x, exact, bound + 1e-30 + 1e-20 * np.abs(exact))
+    for name in ("plasticity_cotangent", "stability_cotangent"):  # they come back in the dtype of logp
+        x = getattr(got, name)
+        same_bits(f"{law}, rounded to {dtype}", name, x, seen(adapter, x, dtype))
+
+
+def non_finite_tokens_are_not_hidden(adapter: Adapter, case: ObjectiveCase, dtype: str, field: str, bad: float) -> None:
+    """Law 11: a number that is not finite shows in its response, clipped or not; other responses keep every bit."""
+    rows = np.flatnonzero(case.mask.any(axis=1))
+    if not len(rows):
+        return
+    row = int(rows[0])
+    x: Any = np.array(getattr(case, field))
+    if field == "advantages":
+        x[row] = bad
+    else:
+        x[row, np.flatnonzero(case.mask[row])[0]] = bad
+    clean, hurt = adapter.objective(case, dtype), adapter.objective(replace(case, **{field: x}), dtype)
+    law = f"law 11 (tokens), {case.importance}, {case.kl}, {field} {bad} in response {row}"
+    names = (
+        ("stability",) if field == "logp_ref" else ("plasticity",) if field != "logp" else ("plasticity", "stability")
+    )
+    for name in names if case.beta else tuple(n for n in names if n == "plasticity"):
+        found = getattr(hurt, f"{name}_cotangent")[row]
+        assert not np.isfinite(found).all(), f"{law}: the {name} cotangent is {found}"
+    others = np.arange(len(case.advantages)) != row
+    for f in ("plasticity_loss", "stability_loss", "plasticity_cotangent", "stability_cotangent"):
+        same_bits(f"{law}, other responses", f, getattr(hurt, f)[others], getattr(clean, f)[others])
 
 
 def masked_entries_have_no_say(adapter: Adapter, case: ObjectiveCase, dtype: str) -> None:
