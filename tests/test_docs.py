@@ -32,6 +32,7 @@ def test_pages_are_read() -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numbers that are not finite
 def test_the_adapter_of_the_page_obeys_the_laws() -> None:
+    pytest.importorskip("torch")
     from pcr_conformance.verdict import judge_all
 
     verdicts = list(judge_all([run(DOCS / "adapter.md", {})["Mine"]()], 10, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -17,6 +18,9 @@ _MAKERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "numpy": ("numpy", "numpy:LoopTrainer", {}),
     "torch": ("torch", "torch:TorchTrainer", {}),
     "torch-loop": ("torch", "torch:TorchTrainer", {"norms": "loop"}),
+    "trl": ("trl", "trl:TrlTrainer", {}),
+    "jax": ("jax", "jax:JaxTrainer", {}),
+    "jax-loop": ("jax", "jax:JaxTrainer", {"norms": "loop"}),
 }
 
 TRAINER_NAMES = tuple(_MAKERS)
@@ -42,7 +46,9 @@ def load_trainer(spec: str) -> TrainerAdapter:
         reason = missing_trainer(spec)
         if reason:
             raise ValueError(f"trainer {spec!r}: {reason}")
-        _, place, options = _MAKERS[spec]
+        library, place, options = _MAKERS[spec]
+        if library == "jax" and "jax" not in sys.modules and "XLA_FLAGS" not in os.environ:
+            os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"  # for the laws of several processes
         module, attribute = place.split(":")
         ours: TrainerAdapter = getattr(import_module(f"pcr_conformance.trainers.stacks.{module}"), attribute)(**options)
         return ours

@@ -67,7 +67,8 @@ def make_problem(
 def _batch(rng: Any, weights: dict[str, Floats], groups: Sequence[int]) -> TrainerBatch:
     n = sum(groups)
     group_ids: Any = np.repeat(np.arange(len(groups)), groups)
-    prompts = rng.integers(WORDS, size=(len(groups), PROMPT))[group_ids]
+    chosen = rng.choice(WORDS**PROMPT, size=len(groups), replace=False)  # no two groups have one prompt
+    prompts = np.stack(np.unravel_index(chosen, (WORDS,) * PROMPT), axis=1)[group_ids]
     tokens = np.concatenate([prompts, rng.integers(WORDS, size=(n, LONGEST))], axis=1)
     lengths = rng.integers(1, LONGEST + 1, size=n)
     lengths[:2] = 1, LONGEST

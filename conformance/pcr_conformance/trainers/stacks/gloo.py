@@ -75,6 +75,10 @@ class _World:
             process.join()
 
     def _end(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()  # upon which a rank ends
+        for process in self._processes:
+            process.join(5)
         self._kill()
         self._folder.cleanup()
 

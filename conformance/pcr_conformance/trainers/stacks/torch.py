@@ -102,7 +102,7 @@ def _train(rank: int, problem: TrainerProblem, checkpoint: Any, norms: Any, dtyp
         report = method.resolve()
         optimizer.step()
         reports.append(
-            _in_order([block.name.split(".")[0] for block in report.blocks], problem.blocks, report.statistics)
+            in_order([block.name.split(".")[0] for block in report.blocks], problem.blocks, report.statistics)
         )
     kept = {"model": model.state_dict(), "method": method.state_dict(), "optimizer": optimizer.state_dict()}
     return TrainerResult(model.as_numpy(), kept, reports)
@@ -125,7 +125,7 @@ def _accumulate(problem: TrainerProblem, model: TinyModel, method: PCR, batch: T
     method.accumulate(logp, objective, group_ids=torch.tensor(part.group_ids))
 
 
-def _in_order(names: Sequence[str], blocks: Sequence[str], found: BlockStatistics[Tensor]) -> BlockStatistics[Any]:
+def in_order(names: Sequence[str], blocks: Sequence[str], found: BlockStatistics[Tensor]) -> BlockStatistics[Any]:
     at = [names.index(b) for b in blocks]
     values = (getattr(found, f.name) for f in fields(BlockStatistics))
     return BlockStatistics(*(None if v is None else v.numpy()[at] for v in values))
