@@ -34,7 +34,7 @@ unit: $(VENV)/.dev ## doctests and tests; SLOW=1 adds the slow ones, and compile
 
 kernels: $(VENV)/.dev $(VENV)-triton/.ready ## the GPU kernels in Triton's interpreter on a CPU, and whether they compile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(abspath $(VENV)-triton) \
-		$(BIN)/python -m pytest -q -n $(JOBS) tests/torch_adapter/test_kernels.py
+		$(BIN)/python -m pytest -q -n $(JOBS) tests/torch_adapter/test_kernels*.py
 
 conformance: $(VENV)/.dev ## every law on all of our adapters with EXAMPLES cases each; report in runs/conformance
 	OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/pcr-conformance run \

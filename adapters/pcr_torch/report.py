@@ -63,8 +63,9 @@ class Report:
         blocks; removed is |removed part of P|/|P| over all coordinates, norms and noise-to-signal ratios likewise.
         noise_share is sum v_ps/sum <P, S> over the blocks with <P, S> < 0, the part of their conflict that is noise
         both streams share (0 without conflict); debiased means <P, S> - v_ps in place of <P, S>. These and the
-        noise-to-signal ratios are absent where the noise was not measured. With a baseline also baseline, b as it was applied, and
-        where the noise was measured baseline_reduction, the estimated share of P's variance that it took away.
+        noise-to-signal ratios are absent where the noise was not measured. With a baseline also baseline, b as it was
+        applied, and where the noise was measured baseline_reduction, the estimated share of P's variance that it took
+        away.
         """
         found = summary(self.weights, self.statistics, slice(None), prefix)
         if self.baseline is not None:

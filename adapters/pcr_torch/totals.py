@@ -10,8 +10,8 @@ The passes alternate over segments of the graph (`graph/segments.py`), so that m
 the log-probabilities and the topmost block, one pass of the sum gives both streams as far as each row of an activation
 belongs to one token (`graph/rows.py`). Below the lowest block there is the pass of the sum alone.
 
-Where autograd cannot be asked for the gradients of chosen parameters (sharded weights, reentrant checkpointing), or where a hook may
-do anything to a stream, two whole passes give P and S.
+Where autograd cannot be asked for the gradients of chosen parameters (sharded weights, reentrant checkpointing), or
+where a hook may change a stream, two whole passes give P and S.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from problems import batch
-from test_method import gradients
+from steps import gradients
 from torch import Tensor, nn
 
 import pcr_core

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import trainer_cases
-from test_trl import relative_error, save_model
+from trl_runs import relative_error, save_model
 from worlds import run_world
 
 pytestmark = pytest.mark.filterwarnings("ignore")

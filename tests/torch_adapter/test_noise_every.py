@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from problems import batch, tiny_model
-from test_method import accumulate, gradients
+from steps import accumulate, gradients
 from torch import nn
 
 import pcr_core

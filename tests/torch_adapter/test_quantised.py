@@ -11,11 +11,11 @@ import torch
 import trl.trainer.grpo_trainer as stock
 from peft import LoraConfig, get_peft_model
 from problems import tiny_model
-from test_trl import relative_error, train
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import relative_error, train
 
 from pcr_torch import PCR
 from pcr_torch.trl import PCRConfig, PCRTrainer

@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_owners import llava
-from test_trl import train
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -22,6 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from trl_runs import train
 
 from pcr_torch import checkpoint_files
 from pcr_torch.trl import PCRConfig, PCRTrainer, weights

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from problems import Batch, batch, tiny_model
-from test_method import gradients
+from steps import gradients
 from torch import Tensor, nn
 
 import pcr_core

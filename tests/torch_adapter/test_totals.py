@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from problems import ARCHITECTURES, batch, tiny_model
-from test_method import gradients
+from steps import gradients
 from test_streams import cotangents_of
 from torch import Tensor, nn
 

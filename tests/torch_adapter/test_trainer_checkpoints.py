@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_trl import Gradients, relative_error, train
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import Gradients, relative_error, train
 
 from pcr_torch.trl import PCRConfig, PCRTrainer
 

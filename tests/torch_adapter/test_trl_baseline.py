@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from test_trainer_checkpoints import SAVING, assert_goes_on
-from test_trl import relative_error, train
 from test_trl_config import config
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import relative_error, train
 
 from pcr_torch import baseline
 from pcr_torch.trl import PCRConfig, PCRTrainer

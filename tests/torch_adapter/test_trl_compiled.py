@@ -11,9 +11,9 @@ import pytest
 import torch
 import trl.trainer.grpo_trainer as stock
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from test_trl import relative_error, train
 from torch._dynamo.utils import counters
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import relative_error, train
 
 from pcr_torch.trl import PCRConfig, PCRTrainer
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from pages import DOCS, run
-from test_trl import reward, save_model
 from trl import GRPOConfig
+from trl_runs import reward, save_model
 
 from pcr_torch.trl import PCRConfig, PCRTrainer
 from pcr_torch.trl.separability import SEPARABLE_LOSSES

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import trl.trainer.grpo_trainer as stock
-from test_trl import GROUP, relative_error, train
-from test_trl_subclasses import ONE_STEP, derived, k3, texts
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import GROUP, relative_error, train
+from trl_subclasses import ONE_STEP, derived, k3, texts
 
 from pcr_torch.trl import PCRConfig, PCRTrainer
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import trl.trainer.grpo_trainer as stock_trainer
-from test_trl import GROUP, relative_error, save_model, train
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import GROUP, relative_error, save_model, train
 
 from pcr_torch.trl import PCRConfig, PCRTrainer
 from pcr_torch.trl.groups import shuffle_groups

@@ -11,11 +11,11 @@ import pytest
 import torch
 import trl.trainer.grpo_trainer as stock
 from datasets import Dataset
-from test_trl import GROUP, relative_error, reward, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import GROUP, relative_error, reward, train
 
 from pcr_torch.trl import PCRConfig, PCRTrainer
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import trl.trainer.grpo_trainer as stock
 from peft import LoraConfig
-from test_trl import relative_error, save_model, train
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import relative_error, save_model, train
 
 from pcr_torch.trl import PCRConfig, PCRTrainer
 

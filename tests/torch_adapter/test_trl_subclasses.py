@@ -1,4 +1,4 @@
-"""Trainers derived from PCRTrainer: what they do to loss, texts and rows counts, or is refused with the reason."""
+"""Trainers derived from PCRTrainer: what they do to the loss counts, or is refused with the reason."""
 
 from __future__ import annotations
 
@@ -8,122 +8,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import trl.trainer.grpo_trainer as stock
-from test_trl import GROUP, relative_error, train
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import train
+from trl_subclasses import ONE_STEP, against_stock, derived, k3, texts
 
-from pcr_torch.method import PCR
 from pcr_torch.trl import PCRConfig, PCRTrainer
-from pcr_torch.trl.separability import SEPARABLE_LOSSES
-from pcr_torch.trl.shared_forward import SharedForward
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-ONE_STEP = {"max_steps": 1, "reference_noise": 0.3}
-
-
-@pytest.fixture(autouse=True)
-def _same_micro_batches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
-
-
-def derived(base: Any, **methods: Any) -> Any:
-    """A class whose methods get their base's as the first argument."""
-
-    def bound(name: str, method: Any) -> Any:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return method(getattr(super(made, self), name), self, *args, **kwargs)
-
-        return call
-
-    made: Any = type("Derived", (base,), {name: bound(name, method) for name, method in methods.items()})
-    return made
-
-
-def against_stock(folder: Path, out: Path, *, options: dict[str, Any] | None = None, **methods: Any) -> float:
-    """How far the plain sum's gradients of a derived trainer are from those of the stock trainer derived alike."""
-    settings = ONE_STEP | (options or {})
-    _, expected = train(derived(GRPOTrainer, **methods), GRPOConfig, folder, out, **settings)
-    _, got = train(derived(PCRTrainer, **methods), PCRConfig, folder, out, rule="grpo", **settings)
-    assert len(got.steps) == len(expected.steps)
-    return max(relative_error(a, b) for a, b in zip(got.steps, expected.steps, strict=True))
-
-
-def texts(inputs: Any) -> tuple[Tensor, Tensor, int]:
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    return ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1), inputs["completion_ids"].shape[1]
-
-
-def k3(reference: Tensor, logp: Tensor, mask: Tensor) -> Tensor:
-    return ((torch.exp(reference - logp) - (reference - logp) - 1) * mask).sum() / mask.sum()
-
-
-# -- one evaluation, two streams -----------------------------------------------------------------------------------
-
-
-def three_evaluations(trainer: Any, inputs: Any, logp: Tensor, entropies: Tensor) -> list[Tensor]:
-    """The whole loss, the reward's (beta = 0) and the KL's (advantages 0): derivatives by logp of each."""
-    leaf = logp.detach().requires_grad_()
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (leaf, entropies.detach(), None)
-    beta, found = trainer.beta, []
-    for coefficient, factor in ((beta, 1.0), (0.0, 1.0), (beta, 0.0)):
-        trainer.beta = coefficient
-        loss = GRPOTrainer._compute_loss(
-            trainer, trainer.model, {**inputs, "advantages": factor * inputs["advantages"].detach()}
-        )
-        found.append(torch.autograd.grad(loss, leaf)[0])
-    del trainer._get_per_token_logps_and_entropies
-    trainer.beta = beta
-    return found
-
-
-@pytest.mark.parametrize("loss_type", SEPARABLE_LOSSES)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_bias_correction_kl": False, "importance_sampling_level": "sequence"},
-        {"top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.02},
-        {"delta": 1.5, "epsilon": 0.01},
-    ],
-    ids=str,
-)
-def test_one_evaluation_has_the_cotangents_of_three(
-    loss_type: str, options: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the second use of a batch, whose ratios are not 1."""
-    seen, calls, apart = [], [], SharedForward.streams
-
-    def loss(super_: Any, self: Any, model: Any, inputs: Any) -> Any:
-        calls.append((self, inputs))
-        return super_(model, inputs)
-
-    def streams(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(apart(self, *args, **kwargs))
-        return seen[-1]
-
-    monkeypatch.setattr(SharedForward, "streams", streams)
-    settings = {"max_steps": 2, "num_iterations": 2, "learning_rate": 0.02, "reference_noise": 0.3, "epsilon_high": 5.0}
-    settings["loss_type"] = loss_type
-    train(derived(PCRTrainer, _compute_loss=loss), PCRConfig, folder, tmp_path, **settings | options)
-    assert len(calls) == 2  # once a micro-batch
-    trainer, inputs = calls[1]
-    whole, plasticity, stability = three_evaluations(trainer, inputs, seen[1].cut.logp, seen[1].cut.entropies)
-    for got, expected in ((seen[1].plasticity, plasticity), (seen[1].stability, stability)):
-        assert float((got - expected).norm()) <= 1e-6 * float(expected.norm())
-    assert float(stability.norm()) > 1e-3 * float(whole.norm())
-
-
-def test_equal_rewards_leave_no_plasticity_gradient_at_all(folder: Path, tmp_path: Path) -> None:
-    """Not the rounding of a difference, whose direction would be chance."""
-
-    def no_advantages(super_: Any, self: Any, model: Any, inputs: Any) -> Any:
-        return super_(model, {**inputs, "advantages": 0 * inputs["advantages"]})
-
-    trainer, _ = train(derived(PCRTrainer, _compute_loss=no_advantages), PCRConfig, folder, tmp_path, **ONE_STEP)
-    assert trainer.last_report.metrics()["pcr/plasticity_norm"] == 0
-    assert trainer.last_report.metrics()["pcr/stability_norm"] > 0
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("same_micro_batches")]
 
 
 def test_a_counter_and_an_annealed_epsilon_move_once_a_micro_batch(folder: Path, tmp_path: Path) -> None:
@@ -150,9 +42,6 @@ def test_an_annealed_beta_is_stocks(folder: Path, tmp_path: Path) -> None:
         return super_(*args)
 
     assert against_stock(folder, tmp_path, options={"max_steps": 2}, _compute_loss=annealed) <= 1e-5
-
-
-# -- what is done to the loss's value ------------------------------------------------------------------------------
 
 
 def in_place(loss: Tensor) -> Tensor:
@@ -249,9 +138,6 @@ def test_a_training_step_of_its_own_is_heard(folder: Path, tmp_path: Path) -> No
     assert trainer.last_report is not None
 
 
-# -- which forward pass is asked for -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("without_gradients", [True, False])
 @pytest.mark.parametrize("first", [True, False], ids=["reference first", "policy first"])
 def test_a_kl_to_a_second_model_is_stocks(first: bool, without_gradients: bool, folder: Path, tmp_path: Path) -> None:
@@ -290,128 +176,3 @@ def test_old_log_probabilities_taken_without_gradients_get_none(folder: Path, tm
         return loss - ((logp - old).exp() * inputs["advantages"][:, None]).mean()
 
     assert against_stock(folder, tmp_path, _compute_loss=ratio_to_itself) <= 1e-6
-
-
-@pytest.mark.parametrize(
-    ("term", "message"),
-    [
-        (lambda self, logp, entropies, a: 0.1 * logp.mean(), "more than the sum of its reward and its KL term"),
-        (lambda self, logp, entropies, a: float(self.beta) * logp.mean(), "more than the sum"),
-        (lambda self, logp, entropies, a: self.args.beta * logp.mean(), "more than the sum"),
-        (lambda self, logp, entropies, a: 1e-3 * entropies.mean(), "gradient through the entropies"),
-        (lambda self, logp, entropies, a: self.beta**2 * logp.mean(), "not in proportion to beta"),
-        (lambda self, logp, entropies, a: self.beta * (logp * a).mean(), "depends on the advantages too"),
-    ],
-)
-def test_terms_of_neither_stream_are_refused(term: Any, message: str, folder: Path, tmp_path: Path) -> None:
-    def with_term(super_: Any, self: Any, model: Any, inputs: Any) -> Any:
-        loss = super_(model, inputs)
-        logp, entropies, _ = self._get_per_token_logps_and_entropies(model, *texts(inputs), compute_entropy=True)
-        return loss + term(self, logp, entropies, inputs["advantages"][:, None])
-
-    with pytest.raises(ValueError, match=message):
-        train(derived(PCRTrainer, _compute_loss=with_term), PCRConfig, folder, tmp_path, **ONE_STEP)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda a: a.clamp(-0.5, 0.5),
-        lambda a: (a - a.mean()) / (a.std() + 1e-4),
-        lambda a: a + 0.3,
-        lambda a: a.clamp(min=0),
-    ],
-    ids=["clipped", "normalised", "moved", "positive"],
-)
-def test_advantages_may_be_changed_in_the_loss(change: Any, folder: Path, tmp_path: Path) -> None:
-    def changed(super_: Any, self: Any, model: Any, inputs: Any) -> Any:
-        return super_(model, {**inputs, "advantages": change(inputs["advantages"])})
-
-    assert against_stock(folder, tmp_path, _compute_loss=changed) <= 1e-6
-
-
-def own_loss(super_: Any, self: Any, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-    """A loss written anew, in evaluation mode."""
-    model.eval()
-    reference = self._get_per_token_logps_and_entropies(self.ref_model, *texts(inputs))[0].detach()
-    logp = self._get_per_token_logps_and_entropies(model, *texts(inputs))[0]
-    mask = inputs["completion_mask"]
-    reward = ((logp - logp.detach()).exp() * inputs["advantages"][:, None] * mask).sum() / mask.sum()
-    return self.beta * k3(reference, logp, mask) - reward
-
-
-def test_a_loss_without_super_and_in_evaluation_mode_is_stocks(folder: Path, tmp_path: Path) -> None:
-    assert against_stock(folder, tmp_path, options={"max_steps": 2}, compute_loss=own_loss) <= 1e-5
-
-
-@pytest.mark.parametrize("method", ["compute_loss", "_compute_loss"])
-def test_a_loss_of_an_own_forward_pass_is_refused(method: str, folder: Path, tmp_path: Path) -> None:
-    def own_forward(super_: Any, self: Any, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-        ids, mask, _ = texts(inputs)
-        return self.beta * model(input_ids=ids, attention_mask=mask).logits.mean()
-
-    with pytest.raises(ValueError, match=r"take log-probabilities from self\._get_per_token_logps_and_entropies"):
-        train(derived(PCRTrainer, **{method: own_forward}), PCRConfig, folder, tmp_path, **ONE_STEP)
-
-
-def test_a_loss_without_a_kl_term_is_refused(folder: Path, tmp_path: Path) -> None:
-    def reward_only(super_: Any, self: Any, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-        logp = self._get_per_token_logps_and_entropies(model, *texts(inputs))[0]
-        return -(logp * inputs["advantages"][:, None]).mean()
-
-    with pytest.raises(ValueError, match=r"no term of it is multiplied by self\.beta"):
-        train(derived(PCRTrainer, compute_loss=reward_only), PCRConfig, folder, tmp_path, **ONE_STEP)
-
-
-# -- rows ----------------------------------------------------------------------------------------------------------
-
-
-def rows_of(inputs: Any, rows: list[int]) -> dict[str, Any]:
-    return {k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == 2 * GROUP else v for k, v in inputs.items()}
-
-
-KEPT = [0, 1, 4, 5]  # two of each prompt
-KINDS = {
-    "dropped": KEPT,
-    "repeated": [0, 0, 1, 1, 4, 4, 5, 5],
-    "moved": [4, 5, 6, 7, 0, 1, 2, 3],
-    "mixed": [0, 4, 1, 5],
-}
-
-
-@pytest.mark.parametrize(
-    ("place", "method", "kind"),
-    [
-        *(("below", "_generate_and_score_completions", kind) for kind in KINDS),
-        ("below", "_prepare_inputs", "dropped"),
-        ("below", "_compute_loss", "repeated"),
-        ("above", "_generate_and_score_completions", "moved"),
-        ("above", "_prepare_inputs", "mixed"),
-        ("above", "compute_loss", "dropped"),
-        ("above", "_compute_loss", "mixed"),
-    ],
-)
-def test_rows_keep_their_group(
-    place: str, method: str, kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = KINDS[kind]
-
-    def changed(super_: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "loss" in method:
-            return super_(args[0], rows_of(args[1], rows), *args[2:], **kwargs)
-        return rows_of(super_(*args, **kwargs), rows)
-
-    seen: list[Any] = []
-    accumulate = PCR.accumulate_cotangents
-
-    def watched(self: Any, *args: Any, group_ids: Tensor, **kwargs: Any) -> None:
-        seen.append(group_ids.tolist())
-        accumulate(self, *args, group_ids=group_ids, **kwargs)
-
-    monkeypatch.setattr(PCR, "accumulate_cotangents", watched)
-    below = derived(GRPOTrainer, **{method: changed})
-    cls: Any = type("Both", (PCRTrainer, below), {}) if place == "below" else derived(PCRTrainer, **{method: changed})
-    train(cls, PCRConfig, folder, tmp_path, **ONE_STEP, rule="grpo")
-    (ids,) = seen
-    expected = [row // GROUP for row in rows]
-    assert [[a == b for b in ids] for a in ids] == [[a == b for b in expected] for a in expected]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import trl.trainer.grpo_trainer as stock
-from test_trl import relative_error, train
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import relative_error, train
 
 from pcr_torch.trl import PCRConfig, PCRTrainer
 from pcr_torch.trl.carried_state import state_of

@@ -13,10 +13,10 @@ import trl.trainer.grpo_trainer as stock
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig
-from test_trl import GROUP, train, whole
 from torch.distributed.tensor import DTensor
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
+from trl_runs import GROUP, train, whole
 
 from pcr_torch import trl as ours
 from pcr_torch.trl import PCRConfig, PCRTrainer
