@@ -21,17 +21,19 @@ except ImportError as missing:
     ) from None
 
 from pcr_core import RULES
-from pcr_train import report, tasks
+from pcr_train import plot_command, report, tasks
 from pcr_train.engine import load_engine
 from pcr_train.help import HELP
 from pcr_train.run import Interrupted, train
 from pcr_train.settings import FRAMEWORKS, PRECISIONS, PRESETS, Settings, make_settings, parse_options
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command("plot", help=plot_command.HELP)(plot_command.plot)
 
 
-@app.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@app.callback(help=HELP, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 def run(
+    context: typer.Context,
     model: Annotated[str | None, typer.Option(help="smollm2, tiny, a local folder, or a hub id. [smollm2]")] = None,
     framework: Annotated[
         str | None, typer.Option(help=f"{' or '.join(FRAMEWORKS)}; JAX trains the model tiny. [torch]")
@@ -112,8 +114,16 @@ def run(
         Path | None, typer.Option(help="Continue the run in this folder, with its settings; --steps may be raised.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [all cores; tiny 1]")] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard files too; needs pcr-grpo[tensorboard].")
+    ] = False,
     list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print the names of all tasks and stop.")] = False,
 ) -> None:
+    if context.invoked_subcommand is not None:
+        given_here = [name for name, value in context.params.items() if value not in (None, False, [], ())]
+        if given_here:
+            raise ValueError(f"--{given_here[0].replace('_', '-')} is an option of training; leave it out")
+        return
     given = {
         "framework": framework,
         "task": task,
@@ -171,7 +181,7 @@ def run(
         console.print(kind.blocks_table(settings), highlight=False, soft_wrap=True)
         return
     folder = resume or out or Path("runs") / _name(settings)
-    _go(settings, folder, resume is not None, threads, console)
+    _go(settings, folder, resume is not None, tensorboard, threads, console)
 
 
 def _resumed(folder: Path, model: str | None, given: dict[str, Any]) -> Settings:
@@ -184,11 +194,13 @@ def _resumed(folder: Path, model: str | None, given: dict[str, Any]) -> Settings
     return Settings(**{**saved.__dict__, **changed})
 
 
-def _go(settings: Settings, folder: Path, resume: bool, threads: int | None, console: Console) -> None:
+def _go(
+    settings: Settings, folder: Path, resume: bool, tensorboard: bool, threads: int | None, console: Console
+) -> None:
     load_engine(settings.framework).configure(settings, threads)
     again = f"pcr-train --resume {folder}"
     try:
-        outcome = train(settings, folder, resume=resume, console=console)
+        outcome = train(settings, folder, resume=resume, console=console, tensorboard=tensorboard)
     except Interrupted as stopped:
         console.print(f"Stopped after step {stopped.step}; saved. Continue with:\n  {again}", highlight=False)
         raise typer.Exit(130) from None

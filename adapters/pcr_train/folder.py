@@ -20,7 +20,7 @@ from pcr_train.settings import Settings
 PREPARING = ".pcr-train"
 """Marks a folder in which a run is being prepared, until it has its settings.json."""
 
-_WRITTEN = ("start", "checkpoint-*", "*.json", "metrics.jsonl", "plot.png", "README.md")
+_WRITTEN = ("start", "checkpoint-*", "*.json", "metrics.jsonl", "plot.png", "README.md", "tensorboard")
 _LOCK = ".pcr-train.lock"
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _SPACE = 1 << 20

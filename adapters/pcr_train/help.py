@@ -30,7 +30,10 @@ Examples:
 Results in the run's folder:
   plot.png        reward, KL, gradient norms, conflict by layer, alpha
   metrics.jsonl   one JSON object a step, with every block's numbers
+  tensorboard     the steps' numbers as curves, with --tensorboard
   checkpoint-N    the model, and all that --resume needs
+
+`pcr-train plot RUN...` draws the plot again, or several runs in one picture.
 
 Ctrl-C finishes the current step, saves, and prints how to resume; a second one stops at once.
 

@@ -22,20 +22,14 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
         ImportError: matplotlib is missing.
         ValueError: there are no rows.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"plots need matplotlib ({error}); install it with: pip install 'pcr-grpo[plot]'") from error
     if not rows:
         raise ValueError("no step was logged, so there is nothing to plot")
-    figure = Figure(figsize=(17.5, 7.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
+    figure = new_figure(17.5, 7.2)
     figure.suptitle(title, fontsize=12, color=INK, x=0.01, ha="left", weight="bold")
     axes = figure.subplots(2, 4)
     steps = [row["step"] for row in rows]
     _reward(axes[0, 0], steps, rows)
-    _kl(axes[0, 1], steps, _column(rows, "kl"))
+    _kl(axes[0, 1], steps, column(rows, "kl"))
     _norms(axes[0, 2], steps, rows)
     _conflict(axes[0, 3], steps, rows)
     measured = [row for row in rows if "blocks" in row]
@@ -48,7 +42,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
         limit = max(float(np.abs(finite).max()) if finite.size else 0.0, HEATMAP_AT_LEAST)
         for axis, (key, grid) in zip(axes[1], grids.items()):
             ends = chosen[key][0]["step"], chosen[key][-1]["step"]
-            _heatmap(figure, axis, *grid, ends, limit, kinds[key])
+            heatmap(figure, axis, *grid, ends, limit, kinds[key])
         _families(axes[1, 2], measured, "alpha", "alpha by module family", "fraction of the conflict removed")
         _families(axes[1, 3], measured, "b", "KL weight by module family", "effective KL coefficient / beta")
     for axis in axes.flat:
@@ -56,6 +50,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> Path:
             axis.set_axis_off()
     figure.savefig(path)
     return path
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, that is drawn without a display; ImportError where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"plots need matplotlib ({error}); install it with: pip install 'pcr-grpo[plot]'") from error
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def layer_cosines(rows: Sequence[dict[str, Any]], key: str = "cosine") -> tuple[list[str], np.ndarray[Any, Any]]:
@@ -97,12 +103,12 @@ def _distinct(stacks: Sequence[str]) -> list[str]:
 
 
 def _reward(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> None:
-    reward = _column(rows, "reward")
+    reward = column(rows, "reward")
     axis.plot(steps, reward, "o", color=QUIET, markersize=4, label="mean of a step")
     width = min(max(3, len(reward) // 8), len(reward))
-    axis.plot(steps, _smooth(reward, width), color=COLOURS[0], linewidth=2.2, label=f"mean of {width} steps")
+    axis.plot(steps, smooth(reward, width), color=COLOURS[0], linewidth=2.2, label=f"mean of {width} steps")
     axis.legend(frameon=False, fontsize=8, loc="best")
-    _label(axis, "reward", "mean over responses")
+    label_panel(axis, "reward", "mean over responses")
 
 
 def _norms(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> None:
@@ -112,13 +118,13 @@ def _norms(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> None:
         ("pcr/stability_norm", "KL gradient (in the blocks)", COLOURS[1]),
     )
     for key, label, colour in names:
-        values = _column(rows, key)
+        values = column(rows, key)
         if np.isfinite(values).any():
             axis.plot(steps, np.where(values > 0, values, np.nan), color=colour, linewidth=1.6, label=label)
     if axis.lines:
         axis.set_yscale("log")
         axis.legend(frameon=False, fontsize=8, loc="best")
-    _label(axis, "gradient norms", "norm (log)")
+    label_panel(axis, "gradient norms", "norm (log)")
 
 
 def _conflict(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> None:
@@ -127,7 +133,7 @@ def _conflict(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> No
         ("pcr/conflict_rate_debiased", "the same without shared noise", COLOURS[1], "-"),
         ("pcr/noise_share", "share of shared noise in the conflict", INK, ":"),
     ):
-        values = _column(rows, key)
+        values = column(rows, key)
         known = np.isfinite(values)  # of the noise, every K-th step's
         if known.any():
             at = np.array(steps)[known]
@@ -135,7 +141,7 @@ def _conflict(axis: Any, steps: list[int], rows: Sequence[dict[str, Any]]) -> No
     if axis.lines:
         axis.set_ylim(-0.05, 1.35)  # room for the legend; a share outside is cut off
         axis.legend(frameon=False, fontsize=8, loc="upper left")
-    _label(axis, "conflict and sampling noise", "fraction")
+    label_panel(axis, "conflict and sampling noise", "fraction")
 
 
 def cosine_image(axis: Any, grid: np.ndarray[Any, Any], ends: tuple[int, int], limit: float) -> Any:
@@ -152,7 +158,7 @@ def cosine_image(axis: Any, grid: np.ndarray[Any, Any], ends: tuple[int, int], l
     )
 
 
-def _heatmap(
+def heatmap(
     figure: Any,
     axis: Any,
     names: list[str],
@@ -161,13 +167,14 @@ def _heatmap(
     limit: float,
     title: str,
 ) -> None:
+    """A panel of cosines by layer and step, with its scale of colours."""
     image = cosine_image(axis, grid, ends, limit)
     every = max(1, math.ceil(len(names) / 10))
     axis.set_yticks(range(0, len(names), every), names[::every])
     bar = figure.colorbar(image, ax=axis, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8)
-    _label(axis, title, "layer", grid=False)
+    label_panel(axis, title, "layer", grid=False)
 
 
 def _families(axis: Any, rows: Sequence[dict[str, Any]], key: str, title: str, unit: str) -> None:
@@ -190,7 +197,7 @@ def _families(axis: Any, rows: Sequence[dict[str, Any]], key: str, title: str, u
             label=family,
         )
     axis.legend(frameon=False, fontsize=8, loc="best")
-    _label(axis, title, unit)
+    label_panel(axis, title, unit)
 
 
 def _kl(axis: Any, steps: list[int], values: np.ndarray[Any, Any]) -> None:
@@ -200,10 +207,11 @@ def _kl(axis: Any, steps: list[int], values: np.ndarray[Any, Any]) -> None:
         axis.plot(steps, positive, color=COLOURS[1], linewidth=2, marker="o", markersize=3)
         axis.set_yscale("log")
         axis.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
-    _label(axis, "KL to the starting model", "nats a token (log)")
+    label_panel(axis, "KL to the starting model", "nats a token (log)")
 
 
-def _label(axis: Any, title: str, unit: str, grid: bool = True) -> None:
+def label_panel(axis: Any, title: str, unit: str, grid: bool = True) -> None:
+    """Title, axes and grid of a panel whose horizontal axis are steps."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_title(title, loc="left", fontsize=10.5, color=INK)
@@ -220,10 +228,11 @@ def _label(axis: Any, title: str, unit: str, grid: bool = True) -> None:
         axis.spines[side].set_visible(False)
 
 
-def _column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray[Any, Any]:
+def column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray[Any, Any]:
+    """A metric of each row; NaN where it is missing or null."""
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
 
 
-def _smooth(values: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
+def smooth(values: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
     """Trailing mean over up to `width` steps."""
     return np.array([np.nanmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))])

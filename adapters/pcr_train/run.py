@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from pcr_train.evaluate import Evaluation, Exam
 from pcr_train.folder import PREPARING, alone_in, claim, last_checkpoint, reclaim, step_of, told_when_full
 from pcr_train.meter import Meter, measure
 from pcr_train.progress import MetricsFile, StepLine, read_metrics
-from pcr_train.settings import Settings, replace_text
+from pcr_train.settings import Settings, replace_text, title
 from pcr_train.tasks import Problem, Task, load_task
+from pcr_train.tensorboard import FOLDER, TensorBoard, load_writer
 
 RETENTION_POOL = 48
 
@@ -51,24 +51,34 @@ class Outcome:
 
 
 def train(
-    settings: Settings, folder: Path, *, resume: bool = False, console: Console | None = None, plot: bool = True
+    settings: Settings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    plot: bool = True,
+    tensorboard: bool = False,
 ) -> Outcome:
     """Runs or resumes training in `folder`; without `plot`, no picture is drawn.
 
+    With `tensorboard`, or where a resumed run has such files, the steps are written as TensorBoard files too.
+
     Raises:
         ValueError: bad settings, a folder that is in use or cannot be written, or nothing to resume.
-        ImportError: the framework is not installed.
+        ImportError: the framework is not installed, or tensorboardX where it is needed.
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     if resume and not (folder / "settings.json").exists():
         raise ValueError(f"--resume: {folder} holds no settings.json, so no run of pcr-train was started there")
     option = "--resume" if resume else "--out"
     with alone_in(folder, option), told_when_full(folder, option):
-        return _train(settings, folder, resume=resume, console=console or Console(), plot=plot)
+        return _train(settings, folder, resume, console or Console(), plot, tensorboard)
 
 
-def _train(settings: Settings, folder: Path, *, resume: bool, console: Console, plot: bool) -> Outcome:
+def _train(settings: Settings, folder: Path, resume: bool, console: Console, plot: bool, tensorboard: bool) -> Outcome:
     started = time.perf_counter()
+    if tensorboard:
+        load_writer()  # what is missing is told before a model is made
     kind = load_engine(settings.framework)
     kind.check(settings)
     checkpoint = None
@@ -90,13 +100,19 @@ def _train(settings: Settings, folder: Path, *, resume: bool, console: Console, 
     with console.status("measuring the model before training"):
         before, known = _before(exam, engine, folder / "before.json", resume)
     metrics.truncate(step_of(checkpoint))
+    board = None
+    if tensorboard or (resume and (folder / FOLDER).exists()):
+        board = TensorBoard(folder, settings, read_metrics(metrics.path))
     with (
+        closing(board) if board else nullcontext(),
         StepLine(console, total=settings.steps, done=step_of(checkpoint)) as line,
         _graceful_interrupt(console) as interrupt,
     ):
 
         def on_step(row: dict[str, Any]) -> None:
             metrics.write(row)
+            if board is not None:
+                board.write(row)
             line.show(row)
 
         last = engine.train(checkpoint, on_step, lambda: interrupt.asked)
@@ -109,7 +125,7 @@ def _train(settings: Settings, folder: Path, *, resume: bool, console: Console, 
     rows = read_metrics(metrics.path)
     picture = folder / "plot.png"
     if plot:
-        plots.draw(rows, picture, title=_title(settings))
+        plots.draw(rows, picture, title=title(settings))
     saved = last_checkpoint(folder, kind)
     assert saved is not None  # the last step is always saved
     seconds = time.perf_counter() - started
@@ -185,12 +201,3 @@ def _graceful_interrupt(console: Console) -> Iterator[_Interrupt]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _title(settings: Settings) -> str:
-    name = os.path.basename(settings.model.rstrip("/")) or settings.model
-    name += "" if settings.framework == "torch" else f" in {settings.framework}"
-    return (
-        f"{name} on {settings.task}, rule {settings.rule}, beta {settings.beta:g}, "
-        f"learning rate {settings.learning_rate:g}, seed {settings.seed}"
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -207,3 +208,13 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
+
+
+def title(settings: Settings) -> str:
+    """One line over the plot of a run."""
+    name = os.path.basename(settings.model.rstrip("/")) or settings.model
+    name += "" if settings.framework == "torch" else f" in {settings.framework}"
+    return (
+        f"{name} on {settings.task}, rule {settings.rule}, beta {settings.beta:g}, "
+        f"learning rate {settings.learning_rate:g}, seed {settings.seed}"
+    )

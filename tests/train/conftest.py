@@ -49,12 +49,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def go(tiny_folder: Path) -> Callable[..., Outcome]:
     """Runs `train` quietly with few and small steps."""
 
-    def run(out: Path, *, resume: bool = False, **changes: object) -> Outcome:
+    def run(out: Path, *, resume: bool = False, tensorboard: bool = False, **changes: object) -> Outcome:
         torch.set_num_threads(1)
         values = {
             "model": str(tiny_folder), "shots": 0, "steps": 3, "prompts": 4, "generations": 4, "max_tokens": 5,
             "heldout": 16, "samples": 1, "retention_task": "none", "learning_rate": 1e-3, "save_every": 100,
         }  # fmt: skip
-        return train(Settings(**{**values, **changes}), out, resume=resume, console=Console(quiet=True))
+        settings = Settings(**{**values, **changes})
+        return train(settings, out, resume=resume, console=Console(quiet=True), tensorboard=tensorboard)
 
     return run
