@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import trl.extras.profiling
-from test_trl import train
+from trl_runs import train
 
 from pcr_torch.trl import PCRConfig, PCRTrainer
 
