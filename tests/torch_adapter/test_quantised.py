@@ -73,7 +73,7 @@ def test_adapters_are_trained_as_over_the_dequantised_weights(
     settings: dict[str, Any] = {"peft_config": lora, "optim": "sgd", "learning_rate": 2.0, "max_grad_norm": 0.0}
 
     def gradients(cls: Any, config: Any, *, again: bool, **given: Any) -> tuple[Any, Any]:
-        monkeypatch.setattr("test_trl.LlamaForCausalLM", Models(again=again))
+        monkeypatch.setattr("trl_runs.LlamaForCausalLM", Models(again=again))
         trainer, found = train(cls, config, folder, tmp_path, **settings, **given)
         return trainer, found.steps
 

@@ -130,7 +130,7 @@ def test_the_best_model_is_the_one_that_was_saved(
     mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loaded when training ends, of names that the trainer by itself does not know; or told to be missing."""
-    monkeypatch.setattr("test_trl.LlamaForCausalLM", MixtralForCausalLM)
+    monkeypatch.setattr("trl_runs.LlamaForCausalLM", MixtralForCausalLM)
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "router_aux_loss_coef": 0.0}
 
     def best(trainer: Any) -> Any:
@@ -159,7 +159,7 @@ def mixture(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_mixture_of_experts_goes_on_as_it_was(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_trl.LlamaForCausalLM", MixtralForCausalLM)
+    monkeypatch.setattr("trl_runs.LlamaForCausalLM", MixtralForCausalLM)
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "rule": "grpo"} | {
         "router_aux_loss_coef": 0.0
     }

@@ -21,7 +21,7 @@ ATTENTION = r"self_attn\.o_proj"  # in plain linear layers, which probes can mea
 
 @pytest.fixture(autouse=True)
 def _mixtures_in_the_same_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_trl.LlamaForCausalLM", MixtralForCausalLM)
+    monkeypatch.setattr("trl_runs.LlamaForCausalLM", MixtralForCausalLM)
     monkeypatch.setattr(stock, "shuffle_sequence_dict", lambda batch: batch)
     monkeypatch.setattr("pcr_torch.trl.whole_groups.shuffle_groups", lambda batch, ids: batch)
 

@@ -18,8 +18,8 @@ from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl_runs import GROUP, train, whole
 
-from pcr_torch import trl as ours
 from pcr_torch.trl import PCRConfig, PCRTrainer
+from pcr_torch.trl import whole_groups as ours
 
 FSDP = {
     "fsdp": True,
