@@ -9,7 +9,6 @@ try:
     import typer
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 except ImportError as missing:
     raise SystemExit(
         f"pcr-conformance needs typer and rich ({missing}); install with: pip install 'pcr-grpo[conformance]'"
@@ -17,7 +16,7 @@ except ImportError as missing:
 
 from pcr_conformance.compare.command import compare_command
 from pcr_conformance.libraries import load
-from pcr_conformance.mutants import MUTANTS, attack
+from pcr_conformance.mutants.command import mutants_command
 from pcr_conformance.output import show
 from pcr_conformance.registry import LAWS
 from pcr_conformance.trainers.command import trainers_command
@@ -67,26 +66,8 @@ def run(
         raise typer.Exit(1)
 
 
-@app.command()
-def mutants(
-    examples: Annotated[int, typer.Option(min=1, help="random cases of each law")] = 300,
-    seed: Annotated[int, typer.Option(help="of the random cases")] = 0,
-) -> None:
-    """Run the suite against wrong implementations: each has to be noticed by the law named beside it."""
-    table = Table("wrong implementation", "law", "outcome")
-    survivors = 0
-    for mutant in MUTANTS:
-        killed = attack(mutant, examples, seed).outcome == "failed"
-        survivors += not killed
-        table.add_row(mutant.name, mutant.law, "killed" if killed else "SURVIVES", style="" if killed else "bold red")
-    console = Console()
-    console.print(table)
-    console.print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} killed")
-    if survivors:
-        raise typer.Exit(1)
-
-
 app.command("compare")(compare_command)
+app.command("mutants")(mutants_command)
 app.command("trainers")(trainers_command)
 
 

@@ -106,8 +106,8 @@ def mutations(function: ast.FunctionDef) -> Iterator[tuple[str, ast.FunctionDef]
             shape = ast.dump(mutant)
             if shape not in seen:
                 seen.add(shape)
-                line = getattr(original, "lineno", function.lineno) - function.lineno
-                yield f"{function.name}+{line}: {ast.unparse(original)} -> {ast.unparse(changed)}", mutant
+                place = f"{original.lineno - function.lineno}.{original.col_offset}"
+                yield f"{function.name}+{place}: {ast.unparse(original)} -> {ast.unparse(changed)}", mutant
 
 
 Path = tuple[tuple[str, int | None], ...]
@@ -124,7 +124,11 @@ def _expressions(node: ast.AST, path: Path) -> Iterator[tuple[Path, ast.expr]]:
                 continue
             if isinstance(child, ast.Call) and _name(child) in _CHECKS:
                 continue
-            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant | ast.Call):
+            if isinstance(child, ast.expr) and any(
+                isinstance(x, ast.Call) and _name(x) == "isinstance" for x in ast.walk(child)
+            ):
+                continue
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):  # a docstring
                 continue
             here = (*path, (name, index))
             if isinstance(child, ast.expr) and not isinstance(getattr(child, "ctx", None), ast.Store):

@@ -10,7 +10,7 @@ import ast
 import inspect
 import random
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -62,12 +62,19 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
 )
 
 
+AND = "; and "
+
+
 @dataclass(frozen=True)
 class Generated:
     """One or two functions, each with the source that replaces it."""
 
     name: str
     sources: tuple[tuple[int, str], ...]  # number of the function in FUNCTIONS, its new source
+
+    def known(self, equivalents: Collection[str]) -> bool:
+        """Whether each of its changes is among those."""
+        return all(name in equivalents for name in self.name.split(AND))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -104,9 +111,17 @@ def pairs(one_place: list[Generated], count: int, seed: int = 0) -> list[Generat
     while len(found) < count:
         first, second = rng.sample(one_place, 2)
         if first.sources[0][0] != second.sources[0][0]:
-            name = f"{first.name} and {second.name}"
+            name = f"{first.name}{AND}{second.name}"
             found[name] = Generated(name, first.sources + second.sources)
     return list(found.values())
+
+
+def chosen(one_place: int, two_places: int) -> list[Generated]:
+    """So many changes of one place, spread evenly over all of them, and of two."""
+    every = singles()
+    count = min(one_place, len(every))
+    some = [every[i * len(every) // count] for i in range(count)]
+    return some + pairs(every, two_places)
 
 
 def _definition(function: Callable[..., Any]) -> ast.FunctionDef:
@@ -120,6 +135,3 @@ def _compiled(function: Any, source: str) -> FunctionType:
     exec(compile("from __future__ import annotations\n" + source, f"<{function.__name__}>", "exec"), namespace)
     made: FunctionType = namespace[function.__name__]
     return made
-
-
-__all__ = ["FUNCTIONS", "Generated", "pairs", "singles"]
