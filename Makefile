@@ -36,12 +36,15 @@ kernels: $(VENV)/.dev $(VENV)-triton/.ready ## the GPU kernels in Triton's inter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(abspath $(VENV)-triton) \
 		$(BIN)/python -m pytest -q -n $(JOBS) tests/torch_adapter/test_kernels*.py
 
-conformance: $(VENV)/.dev ## every law on all of our adapters with EXAMPLES cases each; report in runs/conformance
+conformance: $(VENV)/.dev ## every law on all of our adapters with EXAMPLES cases each, and on our trainers; reports in runs/conformance
 	OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/pcr-conformance run \
 		--adapter numpy --adapter array-api-strict --adapter torch --adapter torch-compile --adapter torch-compile-aot \
 		--adapter torch-in-place --adapter jax --adapter jax-jit --adapter jax-x32 --adapter jax-x32-jit \
 		--adapter jax-resolve --adapter jax-donated --adapter jax-sharded --examples $(EXAMPLES) --seed $(SEED) \
 		--junit runs/conformance/junit.xml --json runs/conformance/report.json --html runs/conformance/report.html
+	OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2 $(BIN)/pcr-conformance trainers \
+		--adapter torch --adapter torch-loop --adapter trl --adapter jax --adapter jax-loop --seed $(SEED) \
+		--junit runs/conformance/trainers.xml --json runs/conformance/trainers.json --html runs/conformance/trainers.html
 
 lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-api-compat it supports, and nothing else
 	$(VENV)-lowest/bin/python -m pytest -q -p no:cacheprovider --doctest-modules pcr_core tests/core -m "not slow"

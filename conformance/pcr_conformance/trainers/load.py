@@ -13,7 +13,7 @@ from typing import Any
 
 from pcr_conformance.trainers.adapter import TrainerAdapter, missing_trainer_members
 
-#: name: the library it needs, the class in `stacks`, and its arguments
+#: name: the library it needs, the class in `stacks`, and its arguments; another stack is a file there and a line here
 _MAKERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "numpy": ("numpy", "numpy:LoopTrainer", {}),
     "torch": ("torch", "torch:TorchTrainer", {}),
