@@ -71,7 +71,9 @@ def of_statistics(draw: Draw, adapter: Adapter) -> Arguments:
 
 
 def of_weights(draw: Draw, adapter: Adapter) -> Arguments:
-    rule = _rule(draw, adapter, RULES)
+    # one small program a rule; 7 and 48 have no divisor in common, so that every seventh has each option
+    slow = adapter.compiled and "torch" in adapter.name
+    rule = draw.deal("rule", RULES[::7] if slow else RULES)
     extreme = draw.deal("units", (False, True, False))
     drawn = geometries.statistics(draw, adapter.accumulator, extreme=extreme)
     return {"statistics": drawn, "rule": rule, "extreme": extreme}

@@ -9,16 +9,18 @@ from pcr_conformance.drawing import Draw
 
 PARTITIONS = ("random", "pairs", "one group", "one large group", "halves")
 
+MOST = 36  # groups
+
 #: ids are labels: negative, far apart, alike in their lowest bits, in absolute value or as float32
 NAMES: dict[str, tuple[int, ...]] = {
-    "consecutive": tuple(range(16)),
-    "scattered": (7, -3, 0, 1000, 12, 5, -40, 99, 64, 31, 2, 77, -8, 15, 300, 41),
-    "absolute value": (4, -4, 9, -9, 1, -1, 25, -25, 300, -300, 2, -2, 70, -70, 0, 6),
-    "lowest 8 bits": tuple(3 + 256 * k for k in range(-8, 8)),
-    "lowest 16 bits": tuple(5 + 65_536 * k for k in range(-8, 8)),
-    "as float32": tuple(2**24 + k for k in range(16)),
-    "limits": tuple(x for k in range(8) for x in (2**31 - 1 - k, -(2**31) + k)),
-    "remainders": tuple(1 + 7 * k for k in range(16)),
+    "consecutive": tuple(range(MOST)),
+    "scattered": tuple((k * 7919 + 7) % 1009 - 300 for k in range(MOST)),
+    "absolute value": tuple(x for k in range(MOST // 2) for x in (k * k + 1, -k * k - 1)),
+    "lowest 8 bits": tuple(3 + 256 * k for k in range(-MOST // 2, MOST // 2)),
+    "lowest 16 bits": tuple(5 + 65_536 * k for k in range(-MOST // 2, MOST // 2)),
+    "as float32": tuple(2**24 + k for k in range(MOST)),
+    "limits": tuple(x for k in range(MOST // 2) for x in (2**31 - 1 - k, -(2**31) + k)),
+    "remainders": tuple(1 + 7 * k for k in range(MOST)),
 }
 ORDERS = ("mixed", "sorted", "reversed", "interleaved")
 
@@ -40,22 +42,22 @@ def group_ids(draw: Draw, n: int, *, smallest: int = 2) -> Integers:
 
 
 def partition(draw: Draw, n: int, smallest: int = 2) -> list[int]:
-    """Sizes of the groups, at most 16 of them."""
+    """Sizes of the groups, at most `MOST` of them."""
     kind = draw.deal("partition", PARTITIONS)
     if kind == "one group" or n < 2 * smallest:
         return [n]
     if kind == "halves":
         return [n // 2, n - n // 2]
-    pairs = min((n - n % 2) // 2, 16)
+    pairs = min((n - n % 2) // 2, MOST)
     if kind == "pairs":
         return [2] * (pairs - 1) + [n - 2 * (pairs - 1)]
     if kind == "one large group":
-        small = draw.integer(1, min(3, n // 2 - 1))
+        small = draw.integer(1, min(9, n // 2 - 1))
         sizes = [n - 2 * small] + [2] * small
         return sizes if draw.coin() else sizes[::-1]
     sizes, left = [], n
     while left:
         room = [m for m in range(smallest, left + 1) if m == left or left - m >= smallest]
-        sizes.append(left if len(sizes) == 15 else draw.pick(room))
+        sizes.append(left if len(sizes) == MOST - 1 else draw.pick(room))
         left -= sizes[-1]
     return sizes

@@ -37,4 +37,6 @@ def show(
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+    for line in report.nearest(verdicts):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(report.badge(verdicts, day), markup=False, highlight=False, soft_wrap=True)

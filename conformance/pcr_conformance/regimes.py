@@ -19,7 +19,7 @@ Shape = tuple[int, tuple[int, ...]]
 SHARDED: Shape = (8, (16,))  # splits evenly over 2, 4, 8 or 16 devices
 TWO_BLOCKS: Shape = (7, (2, 3))
 
-#: (number of responses, sizes of the blocks): 11 groups of two, one block among many, the smallest of all
+#: (number of responses, sizes of the blocks): up to 35 groups of two, one block among many, the smallest of all
 SHAPES: tuple[Shape, ...] = (
     TWO_BLOCKS,
     (12, (1, 4, 4, 2, 3, 1, 2, 5)),
@@ -27,6 +27,7 @@ SHAPES: tuple[Shape, ...] = (
     SHARDED,
     (4, (3,)),
     (5, (1, 2, 2, 1, 3, 2, 4, 1, 2, 2, 1, 2)),
+    (70, (1, 2)),
 )
 #: where each shape costs compilations
 FEW_SHAPES: tuple[Shape, ...] = ((6, (2, 2, 2, 3)), TWO_BLOCKS)

@@ -30,7 +30,7 @@ th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #ddd 
 .passed { color: #176b2c } .failed, .xpassed { color: #b00020; font-weight: 600 } .xfailed, .skipped { color: #666 }
 pre { white-space: pre-wrap; background: #f5f5f5; padding: .7rem }
 </style>
-<h1>Conformance</h1><p>$badge</p><p>$environment</p>
+<h1>Conformance</h1><p>$badge</p><p>$nearest</p><p>$environment</p>
 <table><thead><tr><th>adapter</th><th>library</th><th>device, mode</th><th>law</th><th>level</th><th>dtype</th>
 <th>worst error / bound</th><th>examples</th><th>verdict</th></tr></thead><tbody>$rows</tbody></table>$failures$untried
 </html>
@@ -51,6 +51,20 @@ def worst(verdicts: Sequence[Verdict]) -> float:
     """The largest error / bound of all, NaN where none was measured."""
     ratios = [ratio for v in verdicts for ratio in v.worst.values()]
     return max(ratios) if ratios else math.nan
+
+
+def nearest(verdicts: Sequence[Verdict]) -> list[str]:
+    """For each dtype the bound that some adapter came nearest to: what was judged, in which law and where.
+
+    Near 1 is what rounding once to a dtype comes to; in a law that rounds nothing it calls for a look at the bound.
+    """
+    found: dict[str, tuple[float, str]] = {}
+    for v in verdicts:
+        for dtype, ratio in v.worst.items():
+            if ratio >= found.get(dtype, (0.0, ""))[0]:
+                what = v.nearest.get(dtype, "")
+                found[dtype] = ratio, f"{what} in {v.law} on {v.adapter}".strip()
+    return [f"nearest bound, {dtype}: {ratio:.3g} of it, {where}" for dtype, (ratio, where) in found.items()]
 
 
 def badge(verdicts: Sequence[Verdict], day: datetime.date) -> str:
@@ -113,6 +127,7 @@ def as_json(verdicts: Sequence[Verdict], day: datetime.date, seed: int) -> str:
         "environment": environment(),
         "levels": levels(verdicts),
         "worst_error_over_bound": None if math.isnan(ratio) else _finite(ratio),
+        "nearest_bounds": nearest(verdicts),
         "verdicts": [asdict(v) | {"worst": {k: _finite(r) for k, r in v.worst.items()}} for v in verdicts],
     }
     return json.dumps(content, indent=1, allow_nan=False)
@@ -161,6 +176,7 @@ def as_html(verdicts: Sequence[Verdict], day: datetime.date) -> str:
     known = ", ".join(f"{k} {v}" for k, v in environment().items())
     return _PAGE.substitute(
         badge=escape(badge(verdicts, day)),
+        nearest="<br>".join(escape(line) for line in nearest(verdicts)),
         environment=escape(known),
         rows="\n".join(body),
         failures=failures,

@@ -46,6 +46,7 @@ class Verdict:
     worst: dict[str, float] = field(default_factory=dict)  # by dtype: largest error / bound
     message: str = ""
     software: str = ""  # what the adapter computes with, its version, and the name of an accelerator
+    nearest: dict[str, str] = field(default_factory=dict)  # by dtype: the number that came nearest to its bound
 
     @property
     def bad(self) -> bool:
@@ -147,7 +148,16 @@ def judge(
     outcome = ("failed" if message else "passed") if expected is None else ("xfailed" if message else "xpassed")
     if expected is not None:
         message = f"{expected.reason}\n{message}".strip()
-    return Verdict(*common, outcome, count, time.perf_counter() - began, dict(worst.ratios), message, software)
+    return Verdict(
+        *common,
+        outcome,
+        count,
+        time.perf_counter() - began,
+        dict(worst.ratios),
+        message,
+        software,
+        nearest=dict(worst.numbers),
+    )
 
 
 def judge_all(adapters: Sequence[Adapter], examples: int, seed: int, xfails: Sequence[Xfail] = ()) -> Iterator[Verdict]:

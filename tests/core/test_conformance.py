@@ -104,6 +104,14 @@ def test_worst_error_is_kept_by_dtype_and_only_while_asked() -> None:
     assert all(0 < ratio <= 1 for ratio in worst.values())
 
 
+def test_the_nearest_bound_is_named() -> None:
+    names = ("rotation_goes_through", "strata_add_up")
+    verdicts = [judge(law, load("numpy"), 10, 0) for law in LAWS if law.name in names]
+    (wide,) = (line for line in report.nearest(verdicts) if "float64" in line)
+    assert wide.startswith("nearest bound, float64: 0.")
+    assert "update in rotation_goes_through on numpy" in wide
+
+
 def test_the_example_of_the_documentation_passes() -> None:
     pytest.importorskip("array_api_strict")
     scope: dict[str, Any] = {}

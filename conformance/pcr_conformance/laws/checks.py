@@ -17,10 +17,11 @@ from pcr_conformance.interval import Interval
 
 @dataclass
 class Worst:
-    """The largest error / bound so far, by dtype."""
+    """The largest error / bound so far, by dtype, and of what it was."""
 
     dtype: str = "all"
     ratios: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, str] = field(default_factory=dict)
 
 
 _WORST: ContextVar[Worst | None] = ContextVar("pcr_conformance_worst", default=None)
@@ -37,7 +38,7 @@ def collect() -> Iterator[Worst]:
         _WORST.reset(token)
 
 
-def _record(off: Any, allowed: Any) -> None:
+def _record(what: str, off: Any, allowed: Any) -> None:
     worst = _WORST.get()
     if worst is None:
         return
@@ -45,7 +46,8 @@ def _record(off: Any, allowed: Any) -> None:
     judged = (allowed > 0) & np.isfinite(allowed) & np.isfinite(off)
     if judged.any():
         ratio = float((off[judged] / allowed[judged]).max())
-        worst.ratios[worst.dtype] = max(ratio, worst.ratios.get(worst.dtype, 0.0))
+        if ratio >= worst.ratios.get(worst.dtype, 0.0):
+            worst.ratios[worst.dtype], worst.numbers[worst.dtype] = ratio, what
 
 
 def as_seen(adapter: Adapter, case: Case, dtype: str) -> Case:
@@ -66,7 +68,7 @@ def close(law: str, what: str, got: Any, expected: Any, allowed: Any) -> None:
     """|got - expected| <= allowed, entry by entry; never true of NaN."""
     got, expected, allowed = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in (got, expected, allowed)))
     with np.errstate(invalid="ignore"):
-        _record(np.abs(got - expected), allowed)
+        _record(what, np.abs(got - expected), allowed)
     good = (np.abs(got - expected) <= allowed) | (got == expected)
     if not good.all():
         i = int(np.flatnonzero(~good.ravel())[0])
@@ -80,7 +82,7 @@ def close(law: str, what: str, got: Any, expected: Any, allowed: Any) -> None:
 def enclosed(law: str, what: str, got: Any, exact: float, may: Interval) -> None:
     """Whether a number lies where an implementation may come to, `exact` without rounding."""
     off, value = abs(float(got) - exact), float(got)
-    _record(off, max(may.hi - exact, exact - may.lo))
+    _record(what, off, max(may.hi - exact, exact - may.lo))  # one side alone may be a limit, such as alpha's 1
     assert may.lo <= value <= may.hi or value == exact, (
         f"{law}: {what} is {value!r}, expected {exact!r}: off by {off:.3g}, allowed {may.lo!r} to {may.hi!r}"
     )
@@ -89,5 +91,5 @@ def enclosed(law: str, what: str, got: Any, exact: float, may: Interval) -> None
 def near(law: str, what: str, got: Any, expected: Any, allowed: float) -> None:
     """Euclidean distance of two vectors at most `allowed`."""
     off = float(np.linalg.norm(np.asarray(got) - np.asarray(expected)))
-    _record(off, allowed)
+    _record(what, off, allowed)
     assert off <= allowed, f"{law}: {what} is off by {off:.3g} (norm), allowed {allowed:.3g}: {got} against {expected}"

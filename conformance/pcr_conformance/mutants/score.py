@@ -52,7 +52,7 @@ def first_failure(adapter: Adapter, examples: int, seed: int) -> str | None:
 def equivalents() -> dict[str, str]:
     """Names of generated mutants that no input tells from the right one, each with the reason."""
     text = files("pcr_conformance.mutants").joinpath("equivalent.toml").read_text()
-    return {name: reason for reason, names in tomllib.loads(text).items() for name in names["mutants"]}
+    return {name: table["reason"] for table in tomllib.loads(text).values() for name in table["mutants"]}
 
 
 def _one(mutant: Mutant | Generated, examples: int, seed: int) -> Outcome:

@@ -50,7 +50,16 @@ def judge_trainer(law: TrainerLaw, adapter: TrainerAdapter, examples: int, seed:
     outcome = "failed" if message else "passed" if ran else "skipped"
     if refused and not message:
         message = f"{len(refused)} of {examples} problems not supported: {'; '.join(dict.fromkeys(refused))}"
-    return Verdict(*common, outcome, ran, time.perf_counter() - began, dict(worst.ratios), message, adapter.software)
+    return Verdict(
+        *common,
+        outcome,
+        ran,
+        time.perf_counter() - began,
+        dict(worst.ratios),
+        message,
+        adapter.software,
+        dict(worst.numbers),
+    )
 
 
 def judge_trainers(adapters: Sequence[TrainerAdapter], examples: int, seed: int) -> Iterator[Verdict]:
