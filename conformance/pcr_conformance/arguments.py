@@ -231,13 +231,15 @@ def of_non_finite_statistics(draw: Draw, adapter: Adapter) -> Arguments:
 
 def of_overflow(draw: Draw, adapter: Adapter) -> Arguments:
     drawn = case(draw, shapes=((4, (3,)),), regimes=("free", "conflict"), largest_exponent=2)
-    return {"case": drawn, "dtype": adapter.dtypes[0], "rule": _rule(draw, adapter, (*PROJECTIONS, pcr.MGDA()))}
+    return {"case": drawn, "dtype": adapter.dtypes[0], "rule": _rule(draw, adapter, (*PROJECTIONS, *OTHERS))}
 
 
 def of_written(draw: Draw, adapter: Adapter) -> Arguments:
-    drawn = case(draw, shapes=(TWO_BLOCKS,), regimes=("free", "conflict"), largest_exponent=0)
+    shapes = (TWO_BLOCKS,) if compiles(adapter) else (TWO_BLOCKS, (4, (1, 3, 2, 1, 2)))
+    drawn = case(draw, shapes=shapes, regimes=("free", "conflict"), largest_exponent=0)
     rule = _rule(draw, adapter, (pcr.PCR(), pcr.GRPO()))
-    return {"case": drawn, "dtype": draw.deal("dtype", adapter.dtypes), "rule": rule}
+    broken = draw.integer(0, len(drawn.sizes) - 1)
+    return {"case": drawn, "dtype": draw.deal("dtype", adapter.dtypes), "rule": rule, "broken": broken}
 
 
 def of_objective(draw: Draw, adapter: Adapter) -> Arguments:

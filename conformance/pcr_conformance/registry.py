@@ -64,7 +64,7 @@ LAWS: tuple[Law, ...] = (
     Law(laws.non_finite_is_never_hidden, "numerics", a.of_non_finite),
     Law(laws.non_finite_statistics_are_flagged, "numerics", a.of_non_finite_statistics),
     Law(laws.overflow_is_flagged, "numerics", a.of_overflow, share=0.5),
-    Law(laws.finite_tells_what_is_written, "numerics", a.of_written, share=0.2),
+    Law(laws.finite_tells_what_is_written, "numerics", a.of_written, share=0.4),
     Law(laws.objective_is_exact, "objective", a.of_objective, _OBJECTIVE),
     Law(laws.masked_entries_have_no_say, "objective", a.of_objective, _OBJECTIVE),
     Law(laws.non_finite_tokens_are_not_hidden, "objective", a.of_non_finite_tokens, _OBJECTIVE, share=0.5),
