@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from pcr_conformance.cases import Case, Floats, ObjectiveCase
-from pcr_conformance.rounding import SEQUENTIAL, Arithmetic, Summation
+from pcr_conformance.rounding import ANY_ORDER, Arithmetic, Summation
 from pcr_core import BlockStatistics, Objective, Rule, Weights
 
 
@@ -48,7 +48,7 @@ class Adapter(Protocol):
         dtypes: names of the input dtypes it takes, widest first.
         accumulator: "float64" or "float32", in which sums are formed.
         summation: the order in which coordinates are added up, on which the error bounds depend.
-            Summation("sequential") is always safe to declare: it has the widest bound.
+            Summation("any") is always safe to declare: it has the widest bound.
         device: where its arrays lie by default.
         capabilities: what else it can do; each selects laws. "float64" and "bfloat16" follow from `dtypes`.
         compiled: whether each new shape or rule costs a compilation (checks then use fewer shapes).
@@ -100,7 +100,7 @@ class Defaults:
 
     dtypes: tuple[str, ...] = ("float64",)
     accumulator = "float64"
-    summation: Summation = SEQUENTIAL
+    summation: Summation = ANY_ORDER
     device = "cpu"
     capabilities: frozenset[str] = frozenset()
     compiled = False
@@ -134,7 +134,7 @@ def missing_members(adapter: Any) -> list[str]:
     unknown = frozenset(getattr(adapter, "capabilities", ())) - CAPABILITIES
     if unknown:
         lines.append(f"capabilities: {sorted(unknown)} are not among {sorted(CAPABILITIES)}")
-    if not isinstance(getattr(adapter, "summation", SEQUENTIAL), Summation):
+    if not isinstance(getattr(adapter, "summation", ANY_ORDER), Summation):
         lines.append(f"summation: expected a pcr_conformance.rounding.Summation, got {adapter.summation!r}")
     if getattr(adapter, "plain", None) is None and NEEDS_PLAIN & frozenset(getattr(adapter, "capabilities", ())):
         lines.append("plain: an adapter to compare with, which compile, sharded and in_place need")

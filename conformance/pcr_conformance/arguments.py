@@ -19,7 +19,7 @@ from pcr_core import Rule
 Arguments = dict[str, Any]
 Drawn = Callable[[Draw, Adapter], Arguments]
 
-LONG = 10_000  # terms: enough that what is lost in sums shows, few enough to be quick
+LONG = 10_007  # terms: enough that what is lost in sums shows, few enough to be quick; no row of lanes is filled
 
 CONFLICT = ("conflict", "antiparallel", "opposite", "free", "one huge response", "nearly identical responses")
 NO_CONFLICT = (
@@ -133,7 +133,12 @@ def of_split(draw: Draw, adapter: Adapter) -> Arguments:
 def of_long(dtype: str | None = None) -> Drawn:
     def draw_(draw: Draw, adapter: Adapter) -> Arguments:
         kind = draw.deal("dtype", adapter.dtypes) if dtype is None else dtype
-        return {"case": grid.case(_seed(draw), kind, LONG, draw.deal("sign", (-1, 1))), "dtype": kind}
+        sign = draw.deal("sign", (-1, 1))
+        if dtype is not None or kind == "float16":  # whose range is too narrow
+            return {"case": grid.case(_seed(draw), kind, LONG, sign), "dtype": kind}
+        # a sum that takes small numbers for zero, or passes through something narrower, shows at the ends
+        power = draw.deal("power", (0, -60, 30))
+        return {"case": grid.case(_seed(draw), kind, LONG, sign, power), "dtype": kind, "power": power}
 
     return draw_
 

@@ -53,7 +53,6 @@ class DenseAdapter(Defaults):
     name = "numpy"
     dtypes: tuple[str, ...] = ("float64", "float32", "float16")
     capabilities: frozenset[str] = frozenset({"objective"})
-    software = f"numpy {np.__version__}"
 
     def from_numpy(self, x: Any, dtype: str) -> Any:
         return np.asarray(x).astype({"int": "int64"}.get(dtype, dtype))

@@ -20,20 +20,21 @@ SCALE = 2.0**-10
 GROUPS = np.asarray([0, 0, 1, 1])
 
 
-def case(seed: int, dtype: str, size: int, sign: int = -1) -> Case:
-    """Four responses in two groups, one block; P.S has the given sign."""
+def case(seed: int, dtype: str, size: int, sign: int = -1, power: int = 0) -> Case:
+    """Four responses in two groups, one block; P.S has the given sign; all in units of 2^power."""
     rng = np.random.default_rng(seed)
     bound = 2 ** min(significand_bits(dtype), _MOST)
     p, s = (rng.integers(-bound + 1, bound, size=(4, size)) for _ in range(2))
     if np.sign(float(p.sum(0) @ s.sum(0).astype(float))) != sign:
         s = -s
-    return Case(p.astype(np.float64) * SCALE, s.astype(np.float64) * SCALE, GROUPS, (size,), regime="long")
+    unit = SCALE * 2.0**power
+    return Case(p.astype(np.float64) * unit, s.astype(np.float64) * unit, GROUPS, (size,), regime="long")
 
 
-def statistics(case: Case) -> list[Stats]:
+def statistics(case: Case, power: int = 0) -> list[Stats]:
     """As `oracle.statistics`, for one block on the grid."""
-    p, s = (_integers(x) for x in (case.plasticity, case.stability))
-    unit = Fraction(SCALE) ** 2
+    p, s = (_integers(x, SCALE * 2.0**power) for x in (case.plasticity, case.stability))
+    unit = Fraction(SCALE * 2.0**power) ** 2
     big_p, big_s = p.sum(0), s.sum(0)
     dots = [dot(x, y) * unit for x, y in ((big_p, big_p), (big_s, big_s), (big_p, big_s))]
     strata = group_slots(case.group_ids)
@@ -58,8 +59,8 @@ def _halves(x: Integers) -> tuple[Integers, Integers]:
     return x >> _HALF, x & (2**_HALF - 1)
 
 
-def _integers(x: object) -> Integers:
-    scaled = np.asarray(x) / SCALE
+def _integers(x: object, unit: float) -> Integers:
+    scaled = np.asarray(x) / unit
     whole: Integers = scaled.astype(np.int64)
     if not np.array_equal(whole, scaled):
         raise ValueError("not on the grid: expected integers times a power of two")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 #: one formula can be written in several ways (products of fractions that stay in range, division by a reciprocal): an
 #: operation of its shortest form may cost an implementation this many roundings
@@ -66,34 +66,70 @@ def likely_gamma(k: float, u: float, failure: float = FAILURE) -> float:
     return math.expm1(rate * math.sqrt(k) * u + k * u * u / (1 - u))
 
 
+Kind = Literal["any", "sequential", "blocked", "lanes", "tree", "pairwise"]
+ScatterOf = Literal["deviations", "squares"]
+
+
 @dataclass(frozen=True)
 class Summation:
-    """The order in which an implementation adds up coordinates.
+    """The order in which an implementation adds up coordinates, and what it adds up for a variance.
+
+    Whatever is declared, a multiplication may be fused with the addition after it (one rounding less), and numbers
+    below the smallest normal one may be flushed to zero, on the way in as on the way out.
 
     Attributes:
-        kind: "sequential" is one after the other; always safe to declare, and the widest bound. "blocked" adds up
-            blocks of `block` terms and then the blocks' sums, both in any order. "pairwise" adds the blocks' sums in
-            pairs, then those in pairs, and so on.
-        block: number of terms in a block.
+        kind: "any" is one after the other, a tree of unknown shape, atomic additions: always safe to declare, and the
+            widest bound. "sequential" is the same bound by another name. "blocked" adds up blocks of `block` terms and
+            then the blocks' sums, both in any order. "lanes" has `block` accumulators side by side, which take the
+            terms in turn and are then added up in any order, as vector units and threads do. "tree" adds up blocks
+            of `block` terms, then `fan_in` sums at a time, in any order, until one is left; "pairwise" is a tree of
+            fan-in 2.
+        block: number of terms in a block, or of lanes.
+        fan_in: of a tree's nodes.
+        scatter: "deviations" adds up products of c_i less the mean of its stratum. "squares" takes the sum of
+            |c_i|^2, and |sum of c_i|^2 / m from it, as those must who never have all c_i at once: where responses are
+            nearly identical the two cancel, so its bound is wider.
+
+    Raises:
+        ValueError: an unknown kind, a block below 1 or a fan-in below 2.
 
     Example:
-        >>> [Summation(kind).depth(10**6) for kind in ("sequential", "blocked", "pairwise")]
-        [999999, 7939, 140]
+        >>> [Summation(kind).depth(10**6) for kind in ("any", "blocked", "lanes", "tree", "pairwise")]
+        [999999, 7939, 7939, 140, 140]
+        >>> Summation("tree", block=16, fan_in=4).depth(16 * 64)
+        24
     """
 
-    kind: Literal["sequential", "blocked", "pairwise"]
+    kind: Kind
     block: int = 128
+    fan_in: int = 2
+    scatter: ScatterOf = "deviations"
+
+    def __post_init__(self) -> None:
+        for name, known in (("kind", get_args(Kind)), ("scatter", get_args(ScatterOf))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.block < 1 or self.fan_in < 2:
+            raise ValueError(f"expected a block of 1 or more and a fan-in of 2 or more, got {self}")
 
     def depth(self, n: int) -> int:
         """How many additions a term of a sum of n passes through at most."""
-        if self.kind == "sequential" or n <= self.block:
+        if self.kind in ("any", "sequential") or n <= self.block:
             return max(n - 1, 0)
-        blocks = -(-n // self.block)
-        across = blocks - 1 if self.kind == "blocked" else (blocks - 1).bit_length()
-        return self.block - 1 + across
+        longest = -(-n // self.block)
+        if self.kind in ("blocked", "lanes"):
+            return self.block - 1 + longest - 1
+        levels, left = 0, longest
+        while left > 1:
+            levels, left = levels + 1, -(-left // self.fan_in)
+        return self.block - 1 + min(levels * (self.fan_in - 1), longest - 1)
+
+    def depth_of_rows(self, rows: int, n: int) -> int:
+        """The same of `rows` sums of n that become one: all terms in one sum, or sums of sums, whichever is deeper."""
+        return max(self.depth(rows * n), self.depth(n) + max(rows - 1, 0))
 
 
-SEQUENTIAL = Summation("sequential")
+ANY_ORDER = Summation("any")
 
 
 @dataclass(frozen=True)
@@ -104,7 +140,7 @@ class Arithmetic:
     """
 
     accumulator: str
-    summation: Summation = SEQUENTIAL
+    summation: Summation = ANY_ORDER
     likely: bool = False
 
     @property

@@ -47,8 +47,9 @@ def errors(case: Case, arithmetic: Arithmetic, inputs: float = 0.0) -> list[Erro
     """Bounds for sums of the case's numbers, formed in `arithmetic`.
 
     Totals are sums of n rows, so gamma_(n-1) of the sizes; products of two vectors are off by what their entries are
-    off, and gamma of the depth of the sum. Scatters are those of deviations from the means. `inputs` is the relative
-    error, in norm, that the rows come with.
+    off, and gamma of the depth of the sum. Scatters are sums over rows and coordinates in one, or of rows and then of
+    those, of deviations from the means or of squares less those of sums, as declared. `inputs` is the relative error,
+    in norm, that the rows come with.
     """
     out = []
     n = max(len(case.plasticity), len(case.stability))
@@ -58,17 +59,19 @@ def errors(case: Case, arithmetic: Arithmetic, inputs: float = 0.0) -> list[Erro
         totals = [_total(x, arithmetic, inputs) for x in (p, s)]
         one = np.ones(1)
         squares = [_product(x, y, one, arithmetic.growth(depth), arithmetic.floor) for x, y in _pairs(totals)]
-        deviations = [
-            _deviations(x, _strata(case, ids, len(x)), arithmetic, inputs)
+        scattered = _squares if arithmetic.summation.scatter == "squares" else _deviations
+        rows = [
+            scattered(x, _strata(case, ids, len(x)), arithmetic, inputs)
             for x, ids in ((p, case.group_ids), (s, _stability_ids(case)))
         ]
-        grown = arithmetic.growth(depth + n + 2)
+        # of a sum of rows: the weight of each, and of "squares" the division and the difference
+        grown = arithmetic.growth(arithmetic.summation.depth_of_rows(n, p.shape[1]) + 6)
         same = len(p) == len(s) and case.stability_group_ids is None
         scatters = [
             _product(x, y, w, grown, arithmetic.floor)
             for (x, y), w in zip(
-                _pairs([d for d, _ in deviations]) if same else [(d, d) for d, _ in deviations],
-                [deviations[0][1], deviations[1][1], deviations[0][1]],
+                _pairs([vectors for vectors, _ in rows]) if same else [(v, v) for v, _ in rows],
+                [rows[0][1], rows[1][1], rows[0][1]],
             )
         ]
         # a covariance of streams from different responses is zero, and not computed
@@ -117,7 +120,7 @@ def combination_bound(case: Case, a: float, b: float, arithmetic: Arithmetic, dt
 
 def _total(x: Floats, arithmetic: Arithmetic, inputs: float) -> _Vectors:
     sizes = np.abs(x).sum(0)
-    entry = arithmetic.growth(len(x) - 1) * sizes
+    entry = arithmetic.growth(len(x) - 1) * sizes + _flushed(len(x), arithmetic)
     row = _norm(entry) + inputs * float(np.sqrt((x * x).sum(1)).sum())
     return _Vectors((np.abs(x.sum(0)) + 2.0**-52 * len(x) * sizes)[None, :], entry[None, :], np.asarray([row]))
 
@@ -129,13 +132,32 @@ def _deviations(x: Floats, strata: list[Any], arithmetic: Arithmetic, inputs: fl
     for slots in strata:
         m = len(slots)
         mean_size = np.abs(x[slots]).sum(0) / m
-        off = arithmetic.growth(m + 1) * mean_size
+        off = arithmetic.growth(m + 1) * mean_size + _flushed(m + 2, arithmetic)
         size[slots] = np.abs(x[slots] - x[slots].mean(0)) + 2.0**-52 * (m + 1) * (mean_size + np.abs(x[slots]))
         entry[slots] = off + arithmetic.unit * (size[slots] + off)
         norms = np.sqrt((x[slots] * x[slots]).sum(1))
         row[slots] = np.sqrt((entry[slots] * entry[slots]).sum(1)) + inputs * (norms + norms.mean())
         weight[slots] = m / (m - 1)
     return _Vectors(size, entry, row), weight
+
+
+def _squares(x: Floats, strata: list[Any], arithmetic: Arithmetic, inputs: float) -> tuple[_Vectors, Floats]:
+    """The rows and the sums of the strata, which a scatter of squares adds up and takes away; their weights."""
+    sums = [_total(x[slots], arithmetic, inputs) for slots in strata]
+    norms = inputs * np.sqrt((x * x).sum(1))
+    weight = np.zeros(len(x))
+    for slots in strata:
+        weight[slots] = len(slots) / (len(slots) - 1)
+    return _Vectors(
+        np.concatenate([np.abs(x), *(v.exact for v in sums)]),
+        np.concatenate([np.full_like(x, _flushed(1, arithmetic)), *(v.entry for v in sums)]),
+        np.concatenate([norms + _flushed(1, arithmetic) * x.shape[1], *(v.row for v in sums)]),
+    ), np.concatenate([weight, [1 / (len(slots) - 1) for slots in strata]])
+
+
+def _flushed(operations: int, arithmetic: Arithmetic) -> float:
+    """What operations lose of an entry where numbers below the smallest normal one become zero, inputs as well."""
+    return operations * arithmetic.floor
 
 
 def _product(x: _Vectors, y: _Vectors, weight: Floats, grown: float, floor: float) -> float:

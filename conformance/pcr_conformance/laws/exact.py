@@ -22,15 +22,16 @@ def statistics_are_exact(adapter: Adapter, case: Case, dtype: str) -> None:
     judge_statistics(law, adapter.statistics(case, dtype), oracle.statistics(case), case, arithmetic(adapter))
 
 
-def long_sums_stay_accurate(adapter: Adapter, case: Case, dtype: str) -> None:
+def long_sums_stay_accurate(adapter: Adapter, case: Case, dtype: str, power: int = 0) -> None:
     """Sums of thousands of terms lose no more than the declared order of summation does when roundings are random.
 
     The bound that always holds grows with the number of additions; this one with its square root, and a sum fails it
-    by chance less than once in 2^40. The case lies on a grid, where exact sums are sums of integers.
+    by chance less than once in 2^40. The case lies on a grid, where exact sums are sums of integers,
+    in units of a power of two: far from the ends of the dtype's range, or near enough that squares are just inside.
     """
     likely = Arithmetic(adapter.accumulator, adapter.summation, likely=True)
     law = f"long sums, {adapter.summation.kind} in {adapter.accumulator}"
-    judge_statistics(law, adapter.statistics(case, dtype), grid.statistics(case), case, likely)
+    judge_statistics(law, adapter.statistics(case, dtype), grid.statistics(case, power), case, likely)
 
 
 def float64_keeps_its_digits(adapter: Adapter, case: Case, dtype: str) -> None:

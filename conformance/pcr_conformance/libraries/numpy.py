@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pcr_conformance.dense import DenseAdapter
 from pcr_conformance.rounding import Summation
 
@@ -10,3 +12,4 @@ class NumpyAdapter(DenseAdapter):
     """pcr_core on NumPy's arrays."""
 
     summation = Summation("pairwise", 128)
+    software = f"numpy {np.__version__}"

@@ -11,7 +11,7 @@ import numpy as np
 from pcr_conformance.adapter import Resolved
 from pcr_conformance.cases import Case, ObjectiveCase
 from pcr_conformance.dense import DenseAdapter, Function, objective_flat
-from pcr_conformance.rounding import SEQUENTIAL, Summation
+from pcr_conformance.rounding import ANY_ORDER, Summation
 from pcr_core import BlockStatistics, Rule, Weights
 
 
@@ -29,7 +29,7 @@ class TorchAdapter(DenseAdapter):
         self.device = device
         self.software = f"torch {torch.__version__}"
         if device.startswith("cuda"):
-            self.summation = SEQUENTIAL  # its reductions are trees of an unstated shape
+            self.summation = ANY_ORDER  # its reductions are trees of an unstated shape
             self.software += f", {torch.cuda.get_device_name(device)}"
         self.backend = backend
         self.compiled = backend is not None
