@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,9 @@ from benchmarks.learning.sequences import (
     INPUTS,
     LONGEST,
     SYMBOLS,
+    Lengths,
     Treatment,
+    _instance,
     contributions,
     inputs_of,
     log_policy,
@@ -100,3 +104,15 @@ def test_norm_and_logits_shift_and_length_hardly_does() -> None:
     np.testing.assert_allclose(out.taken[0], 0, atol=1e-5)
     assert (out.taken[[1, 3]] > 0.2).all()
     assert (np.abs(out.shift[2]) < 0.2).all()
+
+
+def test_lengths_of_right_and_wrong_answers() -> None:
+    """The two sets of weights are drawn from, and a wrong answer is never the right one."""
+    long, short = (0.0, 0.0, 0.0, 1.0, 1.0), (1.0, 1.0, 0.0, 0.0, 0.0)
+    right, wrong = Lengths(right=long, wrong=short).draw(jax.random.key(0))
+    assert set(np.asarray(right).ravel().tolist()) == {3, 4}
+    assert set(np.asarray(wrong).tolist()) == {0, 1}
+    one = Lengths(right=(0.0, 1.0, 0.0, 0.0, 0.0), wrong=(0.0, 1.0, 0.0, 0.0, 0.0))
+    instance = jax.jit(functools.partial(_instance, one))(jnp.asarray(3))  # of one symbol: a fourth is alike by chance
+    right_of = jnp.exp(jnp.sum(token_logp(instance.start, instance.target, instance.target_answer), axis=1))
+    assert float(right_of.max()) < 0.6, "pretraining put everything on an answer that is right and wrong"

@@ -61,6 +61,28 @@ class Treatment:
         return rewards - (same @ (rewards * length)) / (same @ length)
 
 
+@dataclass(frozen=True)
+class Lengths(Regime):
+    """Where right and wrong answers have lengths of their own; a plain `Regime` draws all five alike.
+
+    Attributes:
+        right, wrong: weights of answers of 0 to 4 symbols, to which the end is added. General contexts' answers are
+            drawn like right ones.
+    """
+
+    right: tuple[float, ...] = (1.0,) * LONGEST
+    wrong: tuple[float, ...] = (1.0,) * LONGEST
+
+    def draw(self, key: Array) -> tuple[Array, Array]:
+        """Numbers of symbols: (2, 24) of the right answers of both kinds, and (24,) of the wrong ones."""
+        keys = jax.random.split(key)
+        right, wrong = (jnp.log(jnp.asarray(weights)) for weights in (self.right, self.wrong))
+        return (
+            jax.random.categorical(keys[0], right, shape=(2, CONTEXTS)),
+            jax.random.categorical(keys[1], wrong, shape=(CONTEXTS,)),
+        )
+
+
 class Instance(NamedTuple):
     """Contexts (24, d) and right answers (24, LONGEST) of both kinds, and the policy to start from."""
 
@@ -93,7 +115,7 @@ class Outcome(NamedTuple):
 
 def simulate(regime: Regime, methods: Sequence[Treatment], cells: ArrayLike, seeds: Sequence[int]) -> Outcome:
     """As `bandit.simulate`; of the regime prompts, group and optimizer count, and flips."""
-    instances = jax.jit(jax.vmap(_instance))(jnp.asarray(seeds))
+    instances = jax.jit(jax.vmap(partial(_instance, regime)))(jnp.asarray(seeds))
     out = [
         _run(regime, method, instances, jnp.asarray(pairs, jnp.float32))
         for method, pairs in zip(methods, np.asarray(cells))
@@ -173,13 +195,18 @@ def logit_norms(params: Params, contexts: Array, tokens: Array) -> Array:
     return jnp.sum(error**2, axis=(1, 2))
 
 
-def _instance(seed: Array) -> Instance:
+def _instance(regime: Regime, seed: Array) -> Instance:
     keys = jax.random.split(jax.random.key(seed), 8)
     contexts = jax.random.normal(keys[0], (2, CONTEXTS, CONTEXT)) * (4 / CONTEXT) ** 0.5
-    count = jax.random.randint(keys[1], (2, CONTEXTS), 0, LONGEST)
+    if isinstance(regime, Lengths):
+        count, other = regime.draw(keys[1])
+    else:
+        count = jax.random.randint(keys[1], (2, CONTEXTS), 0, LONGEST)
+        other = (count[0] + jax.random.randint(keys[4], (CONTEXTS,), 1, LONGEST)) % LONGEST
     right = jnp.stack([answers(k, c) for k, c in zip(keys[2:4], count)])
-    other = (count[0] + jax.random.randint(keys[4], (CONTEXTS,), 1, LONGEST)) % LONGEST
     wrong = answers(keys[5], other)
+    same = jnp.all(wrong == right[0], axis=1)  # by chance, of one length: its first token then is another
+    wrong = wrong.at[:, 0].set(jnp.where(same, (wrong[:, 0] + 1) % SYMBOLS, wrong[:, 0]))
     start = Params(
         jax.random.normal(keys[6], (INPUTS, HIDDEN)) * INPUTS**-0.5,
         jax.random.normal(keys[7], (HIDDEN, SYMBOLS + 1)) * (0.25 / HIDDEN) ** 0.5,
