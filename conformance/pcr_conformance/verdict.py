@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import time
 import tomllib
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,14 @@ def _smallest(law: Law, adapter: Adapter, arguments: dict[str, Any], first: Exce
     return found
 
 
+def _where(error: Exception) -> str:
+    """The way into a crash, innermost last; a law's own assertion says what was wrong by itself."""
+    if isinstance(error, AssertionError):
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return "".join(f"  at {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}\n" for f in frames)
+
+
 def judge(
     law: Law, adapter: Adapter, examples: int, seed: int, xfails: Sequence[Xfail] = (), *, shrink: bool = True
 ) -> Verdict:
@@ -144,7 +153,9 @@ def judge(
             check(law, adapter, examples, seed, seen, shrink=shrink)
         except Exception as error:
             notes = "\n".join(getattr(error, "__notes__", ()))
-            message = f"{type(error).__name__}: {error}\n{notes}\nAgain: --seed {seed} --examples {examples}"
+            message = (
+                f"{type(error).__name__}: {error}\n{_where(error)}{notes}\nAgain: --seed {seed} --examples {examples}"
+            )
     outcome = ("failed" if message else "passed") if expected is None else ("xfailed" if message else "xpassed")
     if expected is not None:
         message = f"{expected.reason}\n{message}".strip()

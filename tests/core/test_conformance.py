@@ -81,6 +81,7 @@ def test_a_crash_is_a_failed_law_and_the_run_goes_on() -> None:
     assert crashed.outcome == "failed"
     assert "kernel launch failed" in crashed.message
     assert "Case(plasticity=" in crashed.message, "the input that reproduces it"
+    assert 'in resolve: raise RuntimeError("kernel launch failed")' in crashed.message, "where it happened"
     assert verdicts["statistics_are_exact"].outcome == "passed"
 
 
@@ -134,6 +135,8 @@ def test_the_command_writes_reports_and_fails_with_a_law(tmp_path: Path) -> None
     assert "http" not in paths["html"].read_text(), "the page is self-contained"
     failing = testing.CliRunner().invoke(app, ["run", "--adapter", f"{__name__}:Crashing", "--examples", "2"])
     assert failing.exit_code == 1
+    assert failing.output.count("RuntimeError: kernel launch failed") == 1, "the same crash in many laws is told once"
+    assert re.search(r"update_is_the_combination +numerics .*failed", failing.output), "a row of a table of 80 columns"
     assert testing.CliRunner().invoke(app, ["run", "--adapter", "nothing"]).exit_code == 2
 
 
