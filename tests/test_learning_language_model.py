@@ -175,3 +175,11 @@ def test_cosine_of_the_update_with_s_is_that_of_vectors():
         weights = rule(blocks._statistics(step)[1])
         u = weights.plasticity * p + weights.stability * s
         assert blocks._cosines(rule, step) == pytest.approx(u @ s / np.linalg.norm(u) / np.linalg.norm(s))
+
+
+def test_claims_of_given_pairs(results: Results):
+    suite = dataclasses.replace(SUITE, pairs=[("GRPO", "hard projection")])
+    (claim,) = report(suite, results).claims
+    assert claim.statement.startswith("GRPO - hard projection")
+    assert claim.interval.mean == pytest.approx(-0.15)
+    assert claim.headline

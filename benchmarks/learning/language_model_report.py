@@ -30,6 +30,8 @@ def report(suite: ModelSuite, results: Results) -> Report:
     ]
     if results.confirmation:
         sections.append(_confirmation(suite, results))
+        if all("boosted" in row.values for row in results.confirmation):
+            sections.append(_acts(suite, results))
     claims = []
     for rule, other in suite.pairs or [(rule, BASELINE) for rule in suite.rules if rule != BASELINE]:
         if (interval := _paired(results.confirmation, rule, other)) is not None:
@@ -85,6 +87,17 @@ def _confirmation(suite: ModelSuite, results: Results) -> Table:
         "came out equal on every seed, not that rules are known to be equal."
     )
     return Table("Confirmation", columns, rows, note)
+
+
+def _acts(suite: ModelSuite, results: Results) -> Table:
+    rows = []
+    for name in suite.rules:
+        runs = [row for row in results.confirmation if row.settings["rule"] == name]
+        shifted = runs and all("baseline" in row.values for row in runs)
+        cells = [f"{_mean(runs, key):+.3f}" if shifted else "" for key in ("baseline", "baseline_reduction")]
+        rows.append([name, *cells, *(f"{_mean(runs, key):.3f}" for key in ("boosted", "capped") if runs)])
+    columns = ("rule", "shift applied", "of P's variance taken away", "b > 1", "b - 1 at the cap")
+    return Table("What acted", columns, rows, "Means over seeds, steps and blocks.")
 
 
 def _paired(rows: list[Row] | tuple[Row, ...], rule: str, other: str) -> Interval | None:

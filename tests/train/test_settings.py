@@ -24,6 +24,7 @@ from pcr_train.settings import Settings, make_settings
         ({"prompts": 4, "micro_prompts": 3}, "does not divide"),
         ({"baseline": 0.0}, "--baseline: expected a share"),
         ({"baseline": 0.5, "noise_every": 0}, "--noise-every 0: --baseline"),
+        ({"kl": "k2"}, "--kl: expected one of k3, k3_ratio"),
         ({"precision": "float16"}, "expected one of float32, bfloat16"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.learning.experiment import Experiment, Results
 from benchmarks.learning.experiments import baseline_sequences as first
 from benchmarks.learning.paired import paired_interval
-from benchmarks.learning.report import Claim, Report, Table
+from benchmarks.learning.parts import Claim, Report, Table
 from benchmarks.learning.sequences import Lengths, simulate
 from benchmarks.learning.suite import Place, Suite, diagnostics
 from benchmarks.learning.sweep import Grid
