@@ -21,9 +21,10 @@ _NEEDED = ("pytest", "hypothesis", "mpmath", "typer", "rich")
 
 
 def laws(context: Context) -> Iterator[Table]:
-    """torch and cupy on the device, JAX on its default one."""
+    """torch, eager and in place, and cupy on the device, JAX on its default one."""
     table = Table(
-        "Laws of the method", ["adapter", "device", "passed", "skipped", "failed", "worst error / bound", "right"]
+        "Laws of the method",
+        ["adapter", "library", "device", "mode", "passed", "skipped", "failed", "worst error / bound", "right"],
     )
     lacking = [name for name in _NEEDED if find_spec(name) is None]
     if lacking:
@@ -31,12 +32,15 @@ def laws(context: Context) -> Iterator[Table]:
         yield table
         return
     takes_device = "--device" in subprocess.run([*_COMMAND, "run", "--help"], capture_output=True, text=True).stdout
-    wanted = {"torch": ["--device", "cuda:0"] if context.device == "cuda" else [], "cupy": [], "jax": []}
+    placed = ["--device", "cuda:0"] if context.device == "cuda" else []
+    wanted = {"torch": placed, "cupy": [], "jax": []}
+    if placed:
+        wanted["torch-in-place"] = placed
     examples = "2" if context.toy else "30"
     with tempfile.TemporaryDirectory() as folder:
         running: dict[str, tuple[subprocess.Popen[str], Path]] = {}
         for adapter, options in wanted.items():
-            if find_spec(adapter) is None:
+            if find_spec(adapter.split("-")[0]) is None:
                 table.notes.append(f"{adapter}: left out, since it is not installed.")
                 continue
             if options and not takes_device:
@@ -75,10 +79,10 @@ def _environment() -> dict[str, str]:
 def _row(out: Path, said: str) -> tuple[list[Any], bool]:
     if not out.exists():
         lines = said.strip().splitlines()
-        return [lines[-1][:200] if lines else "nothing was written", *[None] * 4], False
+        return [lines[-1][:200] if lines else "nothing was written", *[None] * 6], False
     found = json.loads(out.read_text(encoding="utf-8"))
     outcomes = Counter(verdict["outcome"] for verdict in found["verdicts"])
     bad = outcomes["failed"] + outcomes["xpassed"]
-    devices = ", ".join(sorted({verdict["device"] for verdict in found["verdicts"]}))
+    where = [", ".join(sorted({v[fact] for v in found["verdicts"]})) for fact in ("software", "device", "mode")]
     skipped = outcomes["skipped"] + outcomes["xfailed"]
-    return [devices, outcomes["passed"], skipped, bad, found["worst_error_over_bound"]], not bad
+    return [*where, outcomes["passed"], skipped, bad, found["worst_error_over_bound"]], not bad

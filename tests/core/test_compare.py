@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 
 from pcr_conformance import oracle, oracle_objective
 from pcr_conformance.command import app
-from pcr_conformance.compare.measure import Agreement, Row, compare
+from pcr_conformance.compare.conclude import of_agreement, of_change, of_row
+from pcr_conformance.compare.measure import Agreement, Row, compare, labels
 from pcr_conformance.compare.problems import REGIMES, TOKEN_REGIMES, problem, tokens
 from pcr_conformance.compare.quantities import QUANTITIES, RULE
 from pcr_conformance.compare.reference import evaluate, update_error
 from pcr_conformance.compare.token_reference import as_seen, cotangents
+from pcr_conformance.compare.versions import Change, Run, changes, read
 from pcr_conformance.dense import DenseAdapter
 from pcr_conformance.libraries import load
 
@@ -87,6 +89,12 @@ class Careless(DenseAdapter):
         return type(good)(good.update, good.weights, statistics, good.dtype, good.device)
 
 
+class Downgraded(Careless):
+    """The same, and says that it is float64."""
+
+    accumulator = "float64"
+
+
 def test_a_careless_sum_is_seen_and_a_careful_one_is_not() -> None:
     found = list(compare([load("numpy"), Careless()], ["float32", "bfloat16"], [20_000], ["conflict"], seed=0))
     rows = {(row.adapter, row.dtype): row for row in found if isinstance(row, Row)}
@@ -135,9 +143,114 @@ def test_the_command_writes_a_page_of_its_own_and_json(tmp_path: Path) -> None:
         (["--dtypes", "float8"], "dtypes: expected some of"),
         (["--sizes", "ten"], "sizes: expected numbers"),
         (["--regimes", "calm"], "regime: expected one of"),
+        (["--adapters", "numpy,numpy@cpu"], "numpy on cpu is there twice"),
+        (["--adapters", "numpy@cuda:0"], "numpy has arrays on the CPU only"),
+        (["--before", "nowhere.json"], "nowhere.json"),
     ],
 )
 def test_bad_questions_are_one_line_and_exit_code_2(options: list[str], words: str) -> None:
     done = CliRunner().invoke(app, ["compare", "--adapters", "numpy", *options])
     assert done.exit_code == 2
     assert words in done.output
+
+
+def row(ulps: float | None, *, order: float = 0.0, digest: str = "", **facts: Any) -> Row:
+    """One quantity in float32; None: not offered."""
+    if ulps is None:
+        return Row("one", "float32", 10, "conflict", offered=False)
+    found = {"dot": ulps * 2.0**-23}
+    facts = {"repeatable": True, "digest": digest or f"{ulps}"} | facts
+    return Row("one", "float32", 10, "conflict", True, found, {"dot": ulps}, {"dot": order}, seconds=0.0, **facts)
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        (row(None), "The adapter takes no such input."),
+        (row(0.7), "Right to 0.7 ulp in every number, whatever the order of the coordinates."),
+        (row(3, order=1e-8, repeatable=False), "Right to 3.0 ulp .* in either order .*; two runs gave different bits."),
+        (
+            row(8390, order=1e-3),
+            r"Of dot no more than 2 digits are right \(8e\+03 ulp off\), .* long sums lose digits.",
+        ),
+        (row(838), r"Of dot no more than 4 digits are right \(838.0 ulp off\), in either order of the coordinates."),
+        (row(float("inf")), "Not usable here: dot came out as no finite number."),
+    ],
+)
+def test_a_row_says_what_to_conclude(measured: Row, said: str) -> None:
+    assert re.fullmatch(said, of_row(measured))
+
+
+def test_two_adapters_are_interchangeable_or_one_is_off() -> None:
+    pair = Agreement("one", "other", "float32", 10, "conflict", {"dot": 1e-7})
+    good, bad = row(1), row(1e4)
+    assert of_agreement(pair, good, good) == "The same bits."
+    assert of_agreement(pair, good, row(2)).startswith("Interchangeable: they differ by at most 1e-07, in dot")
+    assert of_agreement(pair, good, bad).endswith("off from the reference: one.")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (row(None), row(None), "Taken by neither."),
+        (row(None), row(1), "Not taken before, and now it is."),
+        (row(1), row(None), "Taken before, and no more."),
+        (row(1, digest="a"), row(1, digest="a"), "Nothing changed: the same bits."),
+        (row(1), row(2), "Other bits, as good: every number is right to rounding in both."),
+        (row(1), row(400), "Worse: dot went from 1.0 ulp off to 400.0 ulp."),
+        (row(400), row(1), "Better: dot went from 400.0 ulp off to 1.0 ulp."),
+        (row(400), row(500), "Other bits, about as good as before."),
+        (row(1), row(float("inf")), "Worse: dot went from 1.0 ulp off to inf ulp."),
+    ],
+)
+def test_a_change_between_versions_says_what_became_of_it(before: Row, after: Row, said: str) -> None:
+    assert of_change(Change(before, after)) == said
+
+
+def test_two_runs_are_held_against_each_other(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    before, page = tmp_path / "before.json", tmp_path / "page.html"
+    few = ["compare", "--dtypes", "float32", "--sizes", "1e3", "--regimes", "conflict"]
+    first = CliRunner().invoke(app, [*few, "--adapters", "numpy", "--json", str(before)])
+    assert first.exit_code == 0, first.output
+    same = CliRunner().invoke(app, [*few, "--adapters", "numpy", "--before", str(before), "--html", str(page)])
+    assert same.exit_code == 0, same.output
+    assert "numpy, 1 of 1 rows: Nothing changed: the same bits." in same.output
+    assert "Against an earlier run" in page.read_text()
+    assert f"numpy {np.__version__} on cpu" in page.read_text()
+
+    content = json.loads(before.read_text())
+    content["rows"][0] |= {"digest": "", "ulps": dict.fromkeys(content["rows"][0]["ulps"], 0.0)}
+    content["rows"][0]["adapter"] = "careless"
+    before.write_text(json.dumps(content))
+    worse = CliRunner().invoke(app, [*few, "--adapters", f"{__name__}:Downgraded", "--before", str(before)])
+    assert worse.exit_code == 1, worse.output
+    assert "Worse: plasticity_sq" in " ".join(worse.output.split())
+    for options, words in (
+        (["--adapters", "numpy"], "no adapter, dtype, size and regime in common"),
+        (["--seed", "1"], "those of seed 0; run with --seed 0"),
+        (["--before", str(page)], "not a JSON of pcr-conformance compare"),
+    ):
+        refused = CliRunner().invoke(app, [*few, "--adapters", "numpy", "--before", str(before), *options])
+        assert refused.exit_code == 2
+        assert words in " ".join(refused.output.split())
+
+
+def test_numbers_that_json_cannot_spell_come_back(tmp_path: Path) -> None:
+    from datetime import date
+
+    from pcr_conformance.compare.page import as_json
+
+    file = tmp_path / "run.json"
+    file.write_text(as_json([row(float("inf"))], [], 3, date(2026, 1, 1)))
+    run = read(file)
+    assert run.rows == [row(float("inf"))]
+    assert run.seed == 3
+    with pytest.raises(ValueError, match="seed 3 and seed 4"):
+        changes(run, Run("", 4, {}, run.rows))
+
+
+def test_adapters_on_two_devices_are_told_apart() -> None:
+    one, other = DenseAdapter(), DenseAdapter()
+    other.device = "cuda:0"
+    assert labels([one, Careless(), other]) == ["numpy on cpu", "careless", "numpy on cuda:0"]

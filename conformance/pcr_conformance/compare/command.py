@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +14,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pcr_conformance.compare.measure import Agreement, Row, compare
+from pcr_conformance.adapter import Adapter
+from pcr_conformance.compare.conclude import of_change
+from pcr_conformance.compare.measure import Agreement, Row, compare, labels
 from pcr_conformance.compare.page import as_html, as_json, number, with_ulps
 from pcr_conformance.compare.problems import REGIMES, TOKEN_REGIMES
+from pcr_conformance.compare.versions import Change, Run, changes, read
 from pcr_conformance.libraries import load
+from pcr_conformance.report import environment
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _WIDE = 100  # columns, where a terminal has room for ulps
@@ -24,18 +29,32 @@ _REGIMES = (*REGIMES, *TOKEN_REGIMES)
 
 
 def compare_command(
-    adapters: Annotated[str, typer.Option(help="names or module:factory, with commas between")] = "numpy,torch,jax",
+    adapters: Annotated[
+        str, typer.Option(help="names or module:factory, with commas between; name@cuda:0 puts its arrays there")
+    ] = "numpy,torch,jax",
     dtypes: Annotated[str, typer.Option(help=f"of {', '.join(_DTYPES)}")] = "float64,float32,bfloat16",
     sizes: Annotated[str, typer.Option(help="coordinates of the one block, or tokens; 1e7 takes 4 GB")] = "1e3,1e5",
     regimes: Annotated[str, typer.Option(help=f"of {', '.join(_REGIMES)}")] = ",".join(_REGIMES),
     seed: Annotated[int, typer.Option(help="of the numbers")] = 0,
     json: Annotated[Path | None, typer.Option(help="write JSON")] = None,
     html: Annotated[Path | None, typer.Option(help="write one self-contained page with plots")] = None,
+    before: Annotated[
+        Path | None, typer.Option(help="JSON of an earlier run: say what changed, of versions or machines")
+    ] = None,
 ) -> None:
-    """Who computes what to how many digits: errors against an extended-precision reference, agreement, order, time."""
+    """Who computes what to how many digits: errors against an extended-precision reference, agreement, order, time.
+
+    With --before the exit code is 1 where something became worse.
+    """
     errors = Console(stderr=True)
     try:
-        chosen = [load(spec.strip()) for spec in adapters.split(",")]
+        chosen = [_loaded(spec) for spec in _listed(adapters)]
+        twice = [name for name, count in Counter(labels(chosen)).items() if count > 1]
+        if twice:
+            raise ValueError(f"adapters: {twice[0]} is there twice")
+        earlier = None if before is None else read(before)
+        if earlier is not None and earlier.seed != seed:
+            raise ValueError(f"before: its numbers are those of seed {earlier.seed}; run with --seed {earlier.seed}")
         kinds, cases = _listed(dtypes), _listed(regimes)
         for name in kinds:
             if name not in _DTYPES:
@@ -46,7 +65,7 @@ def compare_command(
                 raise ValueError(f"regime: expected one of {', '.join(_REGIMES)}, got {regime!r}")
         if html is not None and find_spec("matplotlib") is None:
             raise ValueError("html: its plots need matplotlib; install with: pip install 'pcr-grpo[conformance,plot]'")
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         errors.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
     rows: list[Row] = []
@@ -66,10 +85,37 @@ def compare_command(
     console = Console()
     console.print(_summary(rows, ulps=console.width >= _WIDE))
     day = datetime.date.today()
-    for path, write in ((json, as_json), (html, as_html)):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(write(rows, agreements, seed, day), encoding="utf-8")
+    if json is not None:
+        _write(json, as_json(rows, agreements, seed, day))
+    made = [] if earlier is None else _changes(console, errors, earlier, Run(str(day), seed, environment(), rows))
+    if html is not None:
+        _write(html, as_html(rows, agreements, seed, day, earlier if made else None))
+    if any(of_change(change).startswith(("Worse", "Taken before")) for change in made):
+        raise typer.Exit(1)
+
+
+def _loaded(spec: str) -> Adapter:
+    name, _, device = spec.partition("@")
+    return load(name, device or None)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _changes(console: Console, errors: Console, earlier: Run, now: Run) -> list[Change]:
+    """How many rows came to which conclusion; nothing where the runs have nothing in common."""
+    try:
+        made = changes(earlier, now)
+    except ValueError as error:
+        errors.print(f"before: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    console.print(f"against {earlier.what()}", markup=False, highlight=False)
+    counts = Counter((change.after.adapter, of_change(change)) for change in made)
+    for (adapter, sentence), count in counts.items():
+        console.print(f"  {adapter}, {count} of {len(made)} rows: {sentence}", markup=False, highlight=False)
+    return made
 
 
 def _summary(rows: list[Row], ulps: bool) -> Table:

@@ -25,6 +25,9 @@ class Row:
         order: the same between the coordinates as given and reversed: what the order of summation does.
         repeatable: whether a second run gave the same bits.
         seconds: of the faster of two runs, conversion from NumPy included.
+        software: what the adapter computes with, its version, and the name of an accelerator.
+        device: where its arrays lie.
+        digest: of all bits of the outcome; equal where two outcomes are the same.
         offered: whether the adapter takes the dtype and the kind of problem; if not, nothing else is there.
     """
 
@@ -38,6 +41,9 @@ class Row:
     order: dict[str, float] | None = None
     repeatable: bool | None = None
     seconds: float | None = None
+    software: str = ""
+    device: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,13 @@ def _on_one_problem(
     regime = drawn.regime
     asked: Problem | None = None
     outcomes: dict[str, Outcome] = {}
-    for adapter in adapters:
-        progress(f"{adapter.name}, {dtype}, {size:.0e}, {regime}")
+    for name, adapter in zip(labels(adapters), adapters):
+        progress(f"{name}, {dtype}, {size:.0e}, {regime}")
         if refused(adapter, regime, dtype):
-            yield Row(adapter.name, dtype, size, regime, offered=False)
+            yield Row(name, dtype, size, regime, offered=False)
             continue
         asked = asked or posed(adapter, drawn, dtype)
-        outcomes[adapter.name], row = _measure(adapter, asked, dtype, size, regime)
+        outcomes[name], row = _measure(name, adapter, asked, dtype, size, regime)
         yield row
     if asked is not None:
         for one, other in combinations(outcomes, 2):
@@ -95,7 +101,13 @@ def _on_one_problem(
             yield Agreement(one, other, dtype, size, regime, differences)
 
 
-def _measure(adapter: Adapter, asked: Problem, dtype: str, size: int, regime: str) -> tuple[Outcome, Row]:
+def labels(adapters: Sequence[Adapter]) -> list[str]:
+    """Names, with the device where two adapters share one."""
+    names = [adapter.name for adapter in adapters]
+    return [f"{a.name} on {a.device}" if names.count(a.name) > 1 else a.name for a in adapters]
+
+
+def _measure(name: str, adapter: Adapter, asked: Problem, dtype: str, size: int, regime: str) -> tuple[Outcome, Row]:
     began = time.perf_counter()
     first = asked.run(adapter)
     middle = time.perf_counter()
@@ -107,4 +119,18 @@ def _measure(adapter: Adapter, asked: Problem, dtype: str, size: int, regime: st
     # an ulp at 1 is twice the unit roundoff
     units = {name: 2 * unit_roundoff(dtype if name in VECTORS else adapter.accumulator) for name in errors}
     ulps = {name: error / units[name] for name, error in errors.items()}
-    return first, Row(adapter.name, dtype, size, regime, True, errors, ulps, order, repeatable, seconds)
+    return first, Row(
+        name,
+        dtype,
+        size,
+        regime,
+        True,
+        errors,
+        ulps,
+        order,
+        repeatable,
+        seconds,
+        getattr(adapter, "software", ""),
+        adapter.device,
+        first.digest(),
+    )

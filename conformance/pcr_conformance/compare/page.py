@@ -12,8 +12,10 @@ from html import escape
 from string import Template
 from typing import Any
 
+from pcr_conformance.compare import conclude
 from pcr_conformance.compare.measure import Agreement, Row
 from pcr_conformance.compare.quantities import QUANTITIES
+from pcr_conformance.compare.versions import Change, Run, changes, missing
 from pcr_conformance.report import environment
 
 SHOWN = ("dot", "plasticity_var", "stability weight", "update", "stability cotangent")
@@ -25,6 +27,8 @@ _PAGE = Template("""<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap }
+td { vertical-align: top }
+td.so { white-space: normal; min-width: 22rem } thead th { position: sticky; top: 0; background: #fff }
 svg { width: 100%; height: auto } .wide { overflow-x: auto }
 </style>
 <h1>Numerical comparison</h1><p>$what</p>
@@ -33,9 +37,12 @@ svg { width: 100%; height: auto } .wide { overflow-x: auto }
 themselves, the update and the cotangents in norm. Grey: one unit in the last place of float64, float32 and bfloat16. An
 error of 0 is drawn at 1e-20.</p>
 $plots
+$changes
 <h2>Every measurement</h2>
 <p>Error, and in brackets the same in units of the last place: of the accumulator for sums and weights, of the input's
 dtype for update and cotangents. Order: the largest change, over the quantities, when coordinates come in reverse.</p>
+<p>An ulp is a unit in the last place. A conclusion says "right" where no number is off by more than 8 ulp, which sums
+of this length and formulas of a few operations may be without fault.$refused</p>
 <div class="wide"><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
 <h2>Agreement of each two adapters</h2>
 <div class="wide"><table><thead><tr>$agreement_header</tr></thead><tbody>$agreements</tbody></table></div></html>
@@ -53,23 +60,83 @@ def as_json(rows: Sequence[Row], agreements: Sequence[Agreement], seed: int, day
     return json.dumps(_spelled(content), indent=1, allow_nan=False) + "\n"
 
 
-def as_html(rows: Sequence[Row], agreements: Sequence[Agreement], seed: int, day: datetime.date) -> str:
+def as_html(
+    rows: Sequence[Row], agreements: Sequence[Agreement], seed: int, day: datetime.date, before: Run | None = None
+) -> str:
+    """With `before`, what changed since that run comes first; ValueError where the two have nothing in common."""
     known = ", ".join(f"{name} {version}" for name, version in environment().items())
     measured = [row for row in rows if row.offered]
-    columns = ("adapter", "dtype", "size", "regime", *QUANTITIES, "order", "bits repeat", "ms")
-    pairs = ("adapters", "dtype", "size", "regime", *QUANTITIES)
+    columns = ("adapter", "dtype", "size", "regime", "conclusion", *QUANTITIES, "order", "bits repeat", "ms")
+    pairs = ("adapters", "dtype", "size", "regime", "conclusion", *QUANTITIES)
+    now = Run(str(day), seed, environment(), list(rows))
+    found = {(row.adapter, row.dtype, row.size, row.regime): row for row in rows}
     return _PAGE.substitute(
-        what=escape(f"{day}, seed {seed}; {known}"),
+        what=escape(f"{now.what()}; seed {seed}; {known}"),
+        changes="" if before is None else _changes(before, now),
         plots=_plots(measured),
+        refused=escape(_refused(rows)),
         header=_cells(columns, "th"),
-        rows="\n".join(f"<tr>{_cells(cells(row), 'td')}</tr>" for row in rows),
+        rows="\n".join(
+            f"<tr>{_cells(_head(row), 'td')}{_so(conclude.of_row(row))}{_cells(cells(row)[4:], 'td')}</tr>"
+            for row in measured
+        ),
         agreement_header=_cells(pairs, "th"),
         agreements="\n".join(
             f"<tr>{_cells((f'{a.one} - {a.other}', a.dtype, f'{a.size:.0e}', a.regime), 'td')}"
+            f"{_so(_agreement(a, found))}"
             f"{_cells([number(a.differences[q]) if q in a.differences else '' for q in QUANTITIES], 'td')}</tr>"
             for a in agreements
         ),
     )
+
+
+def _agreement(a: Agreement, rows: dict[tuple[str, str, int, str], Row]) -> str:
+    one, other = (rows[name, a.dtype, a.size, a.regime] for name in (a.one, a.other))
+    return conclude.of_agreement(a, one, other)
+
+
+def _changes(before: Run, after: Run) -> str:
+    """Errors in both runs, and a sentence each."""
+    made = changes(before, after)
+    shown = [c for c in made if c.before.offered or c.after.offered]
+    columns = ("adapter", "dtype", "size", "regime", "conclusion", *QUANTITIES)
+    body = "\n".join(
+        f"<tr>{_cells(_head(c.after), 'td')}{_so(conclude.of_change(c))}"
+        f"{_cells([_both(c, q) for q in QUANTITIES], 'td')}</tr>"
+        for c in shown
+    )
+    lost = missing(before, made)
+    note = f" {lost} measurements of that run have no counterpart in this one." if lost else ""
+    return (
+        f"<h2>Against an earlier run</h2><p>{escape(before.what())}.{note} Errors before and after.</p>"
+        f'<div class="wide"><table><thead><tr>{_cells(columns, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _refused(rows: Sequence[Row]) -> str:
+    """Which inputs which adapters do not take."""
+    found: dict[str, dict[str, None]] = {}
+    taken = {(row.adapter, row.dtype) for row in rows if row.offered}
+    for row in rows:
+        if not row.offered:
+            what = row.regime if (row.adapter, row.dtype) in taken else row.dtype
+            found.setdefault(row.adapter, {})[what] = None
+    said = "; ".join(f"{adapter} does not take {', '.join(what)}" for adapter, what in found.items())
+    return f" Left out: {said}." if said else ""
+
+
+def _both(change: Change, quantity: str) -> str:
+    errors = [row.errors or {} for row in (change.before, change.after)]
+    shown = [number(found[quantity]) if quantity in found else "-" for found in errors]
+    return "" if shown == ["-", "-"] else " \u2192 ".join(shown)
+
+
+def _head(row: Row) -> list[str]:
+    return cells(row)[:4]
+
+
+def _so(sentence: str) -> str:
+    return f'<td class="so">{escape(sentence)}</td>'
 
 
 def cells(row: Row) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +29,14 @@ class Outcome:
 
     numbers: dict[str, float]
     vectors: dict[str, Floats]
+
+    def digest(self) -> str:
+        """Equal for the same bits; NaN are all alike."""
+        found = hashlib.sha256()
+        for name, value in [*self.numbers.items(), *self.vectors.items()]:
+            array = np.asarray(value, dtype=np.float64) + 0.0  # one zero
+            found.update(name.encode() + np.where(np.isnan(array), np.nan, array).tobytes())
+        return found.hexdigest()[:16]
 
     def same_bits(self, other: Outcome) -> bool:
         return self.numbers == other.numbers and all(
