@@ -11,7 +11,7 @@ PINS := pyproject.toml .ci/constraints.txt .ci/without-dependencies.txt
 
 .DEFAULT_GOAL := help
 EXAMPLES ?= 2000
-.PHONY: help demo test lint unit kernels lowest docs conformance gpu mutation clean
+.PHONY: help demo test lint unit kernels lowest docs conformance gpu tunix mutation clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -52,6 +52,10 @@ lowest: $(VENV)-lowest/.ready ## the core's tests on the oldest NumPy and array-
 docs: $(VENV)-docs/.ready ## the documentation site, in runs/site/index.html; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict --config-file .ci/mkdocs.yml
 
+tunix: $(VENV)-tunix/.ready ## the policy loss for google-tunix, in an environment of its own (its transformers is another one)
+	OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 PYTHONPATH=$(abspath adapters) \
+		$(VENV)-tunix/bin/python -m pytest -q tests/jax_adapter/test_tunix.py
+
 gpu: ## correctness and costs on an accelerator, with the PyTorch and transformers of $(PYTHON) (under 5 minutes)
 	$(PYTHON) -m benchmarks.gpu
 
@@ -82,6 +86,14 @@ $(VENV)-lowest/.ready: $(PINS)
 		numpy==2.1.0 array-api-compat==1.11.1 pytest hypothesis mpmath --editable .
 	@touch $@
 
+# google-tunix 0.1.7 and the transformers of the other tests do not install side by side
+$(VENV)-tunix/.ready: $(PINS)
+	$(PYTHON) -m venv $(VENV)-tunix
+	grep -E '^(jax|jaxlib|flax|optax|numpy|orbax-checkpoint|pytest|hypothesis|ml_dtypes|array-api-compat)==' .ci/constraints.txt > $(VENV)-tunix/constraints.txt
+	$(VENV)-tunix/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)-tunix/constraints.txt \
+		google-tunix==0.1.7 pytest hypothesis --editable ".[jax]"
+	@touch $@
+
 # a folder of Triton alone: beside a PyTorch for CPUs it would be tried by libraries that look for it
 $(VENV)-triton/.ready: $(PINS) $(VENV)/bin/python
 	$(PIP) --no-deps --upgrade --target $(VENV)-triton triton
@@ -100,4 +112,4 @@ $(VENV)-mutation/.ready: $(PINS)
 	@touch $@
 
 clean: ## remove the environments and caches, not the runs
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-docs $(VENV)-mutation $(VENV)-triton .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-docs $(VENV)-mutation $(VENV)-triton $(VENV)-tunix .mypy_cache .ruff_cache .pytest_cache .hypothesis
