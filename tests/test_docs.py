@@ -18,9 +18,12 @@ CELLS = re.findall(r"`([^`]*)`", (DOCS / "supported.md").read_text(encoding="utf
 
 @pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.stem)
 def test_the_code_of_the_page_runs(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     for library in ("torch", "jax", "array_api_strict"):
-        if library in page.read_text(encoding="utf-8"):
+        if library in text:
             pytest.importorskip(library)
+    if "import pcr_jax.tunix" in text:  # in an environment of its own: make tunix
+        pytest.importorskip("tunix")
     scope = run(page, {})
     if "rewards" in scope:  # a page that trains
         assert scope["rewards"][-1] > scope["rewards"][0] + 0.3
