@@ -7,10 +7,15 @@ pytest.importorskip("tunix", reason="google-tunix needs an environment of its ow
 
 import jax
 import jax.numpy as jnp
+import optax
+import qwix
 from flax import nnx
 from tunix.models.llama3 import model as llama
-from tunix.rl import algo_core, common
+from tunix.rl import algo_core, common, function_registry
 from tunix.rl.grpo.grpo_learner import GRPOConfig
+from tunix.rl.trainer import Trainer
+from tunix.sft.peft_trainer import TrainingConfig
+from tunix.sft.utils import is_lora_enabled
 
 import pcr_core
 import pcr_jax.tunix
@@ -50,7 +55,7 @@ def example(policy, rows=N, seed=0):
 
 def config(**options):
     made = GRPOConfig(**({"num_generations": GROUP, "beta": 0.1, "policy_loss_fn": "pcr"} | options))
-    made.temperature, made.kl_clamp_value = 0.9, options.get("kl_clamp_value")
+    made.temperature, made.kl_clamp_value = 0.9, None  # which a learner sets
     return made
 
 
@@ -111,3 +116,66 @@ def test_what_is_another_estimator_is_refused():
         ours(policy, batch.replace(segment_ids=batch.completion_ids), config(), 0, 30)
     with pytest.raises(ValueError, match="no state between steps"):
         pcr_jax.tunix.register("test", rule=pcr_core.PCR(alpha="snr", prior=pcr_core.TemporalPrior()))
+
+
+def test_the_pass_before_the_pullback_is_compiled_only_where_it_is_needed():
+    policy, options = model(), config()
+    batch, (graph, params) = example(policy), nnx.split(policy)
+
+    def products(function):
+        return jax.jit(function).lower(params).compile().as_text().count(" dot(")
+
+    def step(ours):
+        return lambda p: nnx.value_and_grad(lambda m: ours(m, batch, options, 0, 30), has_aux=True)(nnx.merge(graph, p))
+
+    def forward(p):
+        return algo_core.grpo_loss_fn(nnx.merge(graph, p), batch, options, 0, 30)
+
+    whole, parts = (products(step(pcr_jax.tunix.register("test", groups_at_once=k))) for k in (None, 1))
+    assert whole + products(forward) == parts
+
+
+def trained(policy, options, **settings):
+    trainer = Trainer(policy, optax.sgd(0.1), TrainingConfig(eval_every_n_steps=100, **settings), dict)
+    loss = function_registry.get_policy_loss_fn(options.policy_loss_fn)
+    trainer.with_loss_fn(lambda model, train_example: loss(model, train_example, options, 0, 30), has_aux=True)
+    trainer.with_gen_model_input_fn(lambda x: {"train_example": x})
+    trainer.with_rl_metrics_to_log({"kl": np.mean})
+    logged = []
+    kept = trainer._post_process_train_step
+    trainer._post_process_train_step = lambda aux: (logged.append(aux), kept(aux))
+    trainer.train([example(policy)])
+    return trainer, logged
+
+
+def test_a_trainer_of_tunix_takes_the_update_and_the_metrics():
+    policy, options = model(), config()
+    before = jax.tree.map(np.asarray, nnx.state(policy, nnx.Param))
+    _, update = gradient(function_registry.get_policy_loss_fn("pcr"), model(), example(model()), options)
+    trainer, logged = trained(policy, options)
+    after = nnx.state(policy, nnx.Param)
+    assert distance(jax.tree.map(lambda x, u: x - 0.1 * u, before, update), after) < 1e-6
+    assert set(pcr_jax.tunix.METRICS) < set(trainer.rl_metrics_to_log)
+    assert logged[0]["pcr/conflict_rate"] > 0
+
+
+def test_microbatches_that_tunix_averages_are_refused():
+    with pytest.raises(ValueError, match="another estimator"):
+        trained(model(), config(), gradient_accumulation_steps=2)
+
+
+def test_of_a_model_with_lora_the_adapters_are_resolved():
+    lora = qwix.LoraProvider(module_path=".*mlp.*", rank=2, alpha=1.0)
+    inputs = {"input_tokens": jnp.ones((1, 4), jnp.int32), "positions": jnp.arange(4)[None], "cache": None}
+    policy = qwix.apply_lora_to_model(model(), lora, **inputs, attention_mask=jnp.ones((1, 4, 4), bool))
+    assert is_lora_enabled(policy)
+    batch, options = example(policy), config()
+
+    def step(loss):
+        grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam), has_aux=True)
+        return jax.tree.map(np.asarray, nnx.jit(lambda m: grads(m, batch, options, 0, 30))(policy))
+
+    (_, _), stock = step(algo_core.grpo_loss_fn)
+    (_, _), update = step(pcr_jax.tunix.register("test", rule=pcr_core.GRPO()))
+    assert distance(stock, update) < 1e-6
+    assert max(float(np.abs(x).max()) for x in jax.tree.leaves(update)) > 1e-3

@@ -12,6 +12,7 @@ from typing import Any
 
 from pcr_conformance.adapter import Adapter, missing_members
 from pcr_conformance.devices import refused
+from pcr_conformance.factory import make
 
 #: name: the library it needs, the class, and its arguments
 _MAKERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -100,15 +101,7 @@ def load(spec: str, device: str | None = None) -> Adapter:
             f"adapter {spec!r} on device {device!r}: its factory takes no device; give it a parameter of that name, or "
             "leave --device out"
         )
-    try:
-        made = factory(**options) if callable(factory) else factory
-    except Exception as error:
-        raise ValueError(f"adapter {spec!r}: its factory raised {type(error).__name__}: {error}") from error
-    lacking = missing_members(made)
-    if lacking:
-        lines = "".join(f"\n  {line}" for line in lacking)
-        raise TypeError(f"adapter {spec!r}: {type(made).__name__} does not implement the protocol; it lacks{lines}")
-    found: Adapter = made
+    found: Adapter = make(f"adapter {spec!r}", factory, options, missing_members)
     return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pcr_conformance.factory import make
 from pcr_conformance.trainers.adapter import TrainerAdapter, missing_trainer_members
 
 #: name: the library it needs, the class in `stacks`, and its arguments; another stack is a file there and a line here
@@ -60,15 +61,7 @@ def load_trainer(spec: str) -> TrainerAdapter:
         factory = getattr(module_found, attribute) if attribute else _only_class(module_found)
     except (ImportError, AttributeError, OSError) as error:
         raise ValueError(f"trainer {spec!r}: {error}") from error
-    try:
-        made = factory() if callable(factory) else factory
-    except Exception as error:
-        raise ValueError(f"trainer {spec!r}: its factory raised {type(error).__name__}: {error}") from error
-    lacking = missing_trainer_members(made)
-    if lacking:
-        lines = "".join(f"\n  {line}" for line in lacking)
-        raise TypeError(f"trainer {spec!r}: {type(made).__name__} does not implement the protocol; it lacks{lines}")
-    found: TrainerAdapter = made
+    found: TrainerAdapter = make(f"trainer {spec!r}", factory, {}, missing_trainer_members)
     return found
 
 
